@@ -1,0 +1,56 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+LongLLaVA for Transformers. Importing this package registers the model with the Auto classes; from then on
+`AutoModelForImageTextToText.from_pretrained(...)` and its siblings load native and published checkpoints.
+"""
+
+from pathlib import Path
+
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .checkpoint_longllava import register_expert_conversion
+from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
+from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
+from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
+
+
+__version__ = "0.1.0"
+
+TINY = str(Path(__file__).parent / "longllava-tiny")
+"""Folder of the small checkpoint that ships with the package."""
+
+
+def _register() -> None:
+    for config_class in (LongLLaVAConfig, LongLLaVATextConfig, LlavaJambaConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(LongLLaVAConfig, LongLLaVAModel, exist_ok=True)
+    AutoModel.register(LongLLaVATextConfig, LongLLaVATextModel, exist_ok=True)
+    AutoModelForCausalLM.register(LongLLaVATextConfig, LongLLaVAForCausalLM, exist_ok=True)
+    # The authors' users load the published checkpoints through this class.
+    AutoModelForCausalLM.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+    if (auto_class := getattr(transformers, "AutoModelForMultimodalLM", None)) is not None:
+        auto_class.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+    register_expert_conversion()
+
+
+_register()
+
+__all__ = [
+    "TINY",
+    "LongLLaVAConfig",
+    "LongLLaVAForCausalLM",
+    "LongLLaVAForConditionalGeneration",
+    "LongLLaVAModel",
+    "LongLLaVATextConfig",
+    "LongLLaVATextModel",
+    "__version__",
+]

@@ -1,0 +1,219 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+From the names in a checkpoint to the names in the model, as one declarative table.
+
+On disk there are three namings: the authors' (`model.layers.0.moe.experts.3.up_proj`), the same with Transformers'
+Jamba names below the layer (`model.layers.0.feed_forward.experts.3.up_proj`), and the native one, which has Jamba's
+names under `model.language_model.`. All three hold one tensor an expert; only in memory are experts stacked.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterable
+from glob import glob
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import logging
+
+from .configuration_longllava import LongLLaVATextConfig
+
+
+logger = logging.get_logger(__name__)
+
+_VISION_TOWER = "vision_tower."
+
+
+def register_expert_conversion() -> None:
+    """Tell Transformers that experts are stored one by one and used stacked. Saving undoes it."""
+    register_checkpoint_conversion_mapping(
+        LongLLaVATextConfig.model_type,
+        [
+            WeightConverter(
+                source_patterns=[
+                    "feed_forward.experts.*.gate_proj.weight",
+                    "feed_forward.experts.*.up_proj.weight",
+                ],
+                target_patterns="feed_forward.experts.gate_up_proj",
+                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+            WeightConverter(
+                source_patterns="feed_forward.experts.*.down_proj.weight",
+                target_patterns="feed_forward.experts.down_proj",
+                operations=[MergeModulelist(dim=0)],
+            ),
+        ],
+        overwrite=True,
+    )
+
+
+def published_names(config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """
+    The table from the authors' names to native ones: `(regular expression, replacement)`, to be applied in order. No
+    native name matches any of them.
+
+    Args:
+        config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]): which layers are dense decides what
+            `moe.experts.0` means in them.
+    """
+    names = [
+        (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        (r"^model\.mm_projector\.(weight|bias)$", r"model.multi_modal_projector.linear_1.\1"),
+        (r"\.mamba\.B_layernorm\.", ".mamba.b_layernorm."),
+        (r"\.mamba\.C_layernorm\.", ".mamba.c_layernorm."),
+        (r"\.pre_moe_layernorm\.", ".pre_ff_layernorm."),
+    ]
+    text_config = config.get_text_config()
+    if isinstance(text_config, LongLLaVATextConfig):
+        dense = "|".join(str(i) for i, experts in enumerate(text_config.layers_num_experts) if experts == 1)
+        names.append((rf"\.layers\.({dense})\.moe\.experts\.0\.", r".layers.\1.feed_forward."))
+        names.append((r"\.moe\.(experts|router)\.", r".feed_forward.\1."))
+    if text_config is not config:
+        names.insert(0, (r"^model\.(embed_tokens|layers|final_layernorm|norm)\.", r"model.language_model.\1."))
+    return names
+
+
+def to_native_name(name: str, names: list[tuple[str, str]]) -> str:
+    """Apply the table of [`published_names`] to one name."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name, count=1)
+    return name
+
+
+def to_published_name(name: str, config: PreTrainedConfig) -> str:
+    """The authors' name of a native one: the inverse of [`to_native_name`]."""
+    dense = {i for i, experts in enumerate(config.get_text_config().layers_num_experts) if experts == 1}
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if name.startswith("model.language_model."):
+        name = name.replace("model.language_model.", "model.", 1)
+        name = name.replace(".b_layernorm.", ".B_layernorm.").replace(".c_layernorm.", ".C_layernorm.")
+        name = name.replace(".pre_ff_layernorm.", ".pre_moe_layernorm.")
+        experts = ".moe.experts.0." if layer and int(layer.group(1)) in dense else ".moe."
+        return name.replace(".feed_forward.", experts)
+    if name.startswith("model.vision_tower."):
+        return name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.", 1)
+    if config.projector_type == "linear":
+        return name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.")
+    name = name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
+    return name.replace("model.multi_modal_projector.linear_2.", "model.mm_projector.2.")
+
+
+def damaged_files(folder: str | os.PathLike) -> str:
+    """What is wrong with the weight files of a local folder: a line naming each that cannot be read, or nothing."""
+    problems = []
+    for file in sorted(glob(os.path.join(str(folder), "*.safetensors")) + glob(os.path.join(str(folder), "*.bin"))):
+        try:
+            _read_lazily([file])
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what is asked for
+            problems.append(f"`{file}` ({error})")
+    return ", ".join(problems)
+
+
+def _read_lazily(checkpoint_files: Iterable[str]) -> dict:
+    """All tensors of a checkpoint by name; those of safetensors files are read when they are used."""
+    tensors: dict = {}
+    for file in checkpoint_files:
+        if file.endswith(".safetensors"):
+            pointer = safe_open(file, framework="pt")
+            tensors.update({name: pointer.get_slice(name) for name in pointer.keys()})
+        else:
+            tensors.update(load_state_dict(file, weights_only=True))
+    return tensors
+
+
+def _load_vision_tower(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    The tower's weights, under native names, from the folder or Hub id of a checkpoint that has none of its own.
+
+    Raises:
+        ValueError: if that tower lacks a weight, or one has another shape.
+        OSError: if there is no such tower.
+    """
+    source = model.config.vision_tower
+    if source is None:
+        raise ValueError("The checkpoint has no vision tower, and its configuration names none in `vision_tower`.")
+    logger.info(f"The checkpoint has no vision tower of its own; taking it from `{source}`.")
+    tower = getattr(model, "model", model).vision_tower
+    tower, info = type(tower).from_pretrained(source, config=model.config.vision_config, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"The vision tower `{source}` lacks {len(info['missing_keys'])} weights: {sorted(info['missing_keys'])}")
+    return {f"model.{_VISION_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
+
+
+def _absent_experts(name: str, present: set[str], num_experts: int) -> list[str]:
+    """The names on disk that a stacked expert weight is made of and that are not there."""
+    prefix, _, weight = name.rpartition(".experts.")
+    parts = ["gate_proj", "up_proj"] if weight == "gate_up_proj" else ["down_proj"]
+    wanted = [f"{prefix}.experts.{e}.{part}.weight" for e in range(num_experts) for part in parts]
+    # A base model is saved without `model.` in front.
+    return [w for w in wanted if not {w, f"model.{w}", w.removeprefix("model.")} & present]
+
+
+def _raise_on_problems(model: PreTrainedModel, loading_info, present: set[str], source, ignore_mismatched: bool) -> None:
+    """Fail, with every name, where Transformers would go on with random weights."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = {
+        name for name in loading_info.missing_keys - tied if not any(pattern.search(name) for pattern in ignored)
+    }
+    mismatched = {item[0]: item[1:] for item in loading_info.mismatched_keys}
+    failed = dict(loading_info.conversion_errors)
+    for name in [n for n in (*missing, *mismatched, *failed) if ".experts." in n]:
+        absent = _absent_experts(name, present, model.config.get_text_config().num_experts)
+        if absent:
+            missing = missing - {name} | set(absent)
+            mismatched.pop(name, None)
+            failed.pop(name, None)
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {', '.join(sorted(missing))}")
+    if mismatched and not ignore_mismatched:
+        shapes = [
+            f"{name} is {tuple(found)} in the checkpoint but {tuple(expected)} in the model"
+            for name, (found, expected) in sorted(mismatched.items())
+        ]
+        problems.append(f"{len(shapes)} of another shape: {'; '.join(shapes)}")
+    if failed:
+        reasons = [f"{name} ({error.strip().splitlines()[-2]})" for name, error in sorted(failed.items())]
+        problems.append(f"{len(failed)} that cannot be put together: {'; '.join(reasons)}")
+    if problems:
+        raise ValueError(f"The weights of `{source}` do not fit {type(model).__name__}. Weights " + ". Weights ".join(problems) + ".")
+
+
+def load_published_checkpoint(load: Callable, model: PreTrainedModel, state_dict, checkpoint_files, load_config, **kwargs):
+    """
+    What [`PreTrainedModel._load_pretrained_model`] does, and besides: published names are understood, a missing vision
+    tower is fetched from where the configuration says, and weights that are missing or of another shape are an error.
+
+    Args:
+        load: that method of the parent class; the other arguments and the result are its own.
+
+    Raises:
+        ValueError: listing every weight that is missing, of another shape, or not convertible.
+    """
+    names = published_names(model.config)
+    tensors = state_dict if state_dict is not None else _read_lazily(checkpoint_files)
+    present = {to_native_name(name, names) for name in tensors}
+    is_composite = model.config.get_text_config() is not model.config
+    if is_composite and not any(_VISION_TOWER in name for name in present):
+        state_dict = {**tensors, **_load_vision_tower(model)}
+
+    conversions = load_config.weight_mapping or []
+    renamings = [WeightRenaming(pattern, replacement) for pattern, replacement in names]
+    load_config = dataclasses.replace(load_config, weight_mapping=[*renamings, *conversions])
+    loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
+    # Saving writes the native layout, whatever was read.
+    model._weight_conversions = [c for c in model._weight_conversions if c not in renamings]
+    source = load_config.pretrained_model_name_or_path
+    _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)
+    return loading_info, offload_index
+
+
+__all__ = ["damaged_files", "load_published_checkpoint", "published_names", "register_expert_conversion", "to_native_name", "to_published_name"]

@@ -1,0 +1,400 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""LongLLaVA configurations, and the translation from the flat `llava_jamba` configuration its authors published."""
+
+import copy
+import math
+import os
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14-336"
+
+# `openai/clip-vit-large-patch14-336`, written out so that reading a published configuration needs no network.
+_DEFAULT_VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+# LLaVA's names for what Transformers calls `vision_feature_select_strategy`.
+_SELECT_FEATURE_TO_STRATEGY = {"patch": "default", "cls_patch": "full"}
+_STRATEGY_TO_SELECT_FEATURE = {v: k for k, v in _SELECT_FEATURE_TO_STRATEGY.items()}
+
+# Keys of a published configuration that speak of the picture side, or of a Transformers release long gone.
+_PUBLISHED_ONLY_KEYS = {
+    "image_aspect_ratio",
+    "resamplePooling",
+    "use_mamba_kernels",
+    "calc_logits_for_entire_prompt",
+    "mamba_inner_layernorms",
+    "n_ctx",
+    "sliding_window",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "transformers_version",
+    "use_mm_proj",
+    "freeze_mm_mlp_adapter",
+    "tune_mm_mlp_adapter",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+}
+# Keys that `from_dict` adds to a configuration on behalf of the caller; they stay at the top.
+_CALLER_KEYS = ("attn_implementation", "experts_implementation", "output_attentions", "num_labels")
+
+
+@strict
+class LongLLaVATextConfig(PreTrainedConfig):
+    r"""
+    Configuration of the hybrid decoder: Jamba's (arXiv 2403.19887), as LongLLaVA (arXiv 2409.02889, section 3.1) uses
+    it. One layer in `attn_layer_period` is attention without positional embedding, the rest are Mamba; one layer in
+    `expert_layer_period` has `num_experts` experts, the rest one dense MLP.
+
+    Args:
+        num_experts (`int`, defaults to 16):
+            Experts of an expert layer; 1 makes every layer dense (LongLLaVA-9B).
+        num_experts_per_tok (`int`, defaults to 2):
+            Experts a token is sent to. Their weights come from a softmax over all experts and are not renormalised.
+        attn_layer_period, attn_layer_offset (`int`, default to 8 and 4):
+            Layer `i` is attention where `i % attn_layer_period == attn_layer_offset`.
+        expert_layer_period, expert_layer_offset (`int`, default to 2 and 1):
+            Layer `i` has experts where `i % expert_layer_period == expert_layer_offset`.
+        mamba_d_state (`int`, defaults to 16):
+            Size of the recurrent state of one channel.
+        mamba_d_conv (`int`, defaults to 4):
+            Width of the causal convolution.
+        mamba_expand (`int`, defaults to 2):
+            Channels of a Mamba layer, in units of `hidden_size`.
+        mamba_dt_rank (`int` or `"auto"`, defaults to `"auto"`):
+            Rank of the step-size projection; `"auto"` is `ceil(hidden_size / 16)`.
+        mamba_conv_bias, mamba_proj_bias (`bool`, default to `True` and `False`):
+            Whether the convolution, and the input and output projections, have a bias.
+        output_router_logits (`bool`, defaults to `False`):
+            Return the routers' logits, and add the load-balancing loss times `router_aux_loss_coef` to the loss.
+
+    The other arguments are those of every decoder in Transformers.
+    """
+
+    model_type = "longllava_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    vocab_size: int = 65536
+    tie_word_embeddings: bool = False
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    max_position_embeddings: int = 262144
+    attention_dropout: float | int = 0.0
+    num_experts_per_tok: int = 2
+    num_experts: int = 16
+    expert_layer_period: int = 2
+    expert_layer_offset: int = 1
+    attn_layer_period: int = 8
+    attn_layer_offset: int = 4
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_expand: int = 2
+    mamba_dt_rank: int | str = "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.mamba_dt_rank == "auto":
+            self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """`"full_attention"` or `"linear_attention"` (Mamba) for each layer; Transformers' caches are built from it."""
+        return [
+            "full_attention" if i % self.attn_layer_period == self.attn_layer_offset else "linear_attention"
+            for i in range(self.num_hidden_layers)
+        ]
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        """The same under Jamba's names, `"attention"` and `"mamba"`."""
+        return ["attention" if kind == "full_attention" else "mamba" for kind in self.layer_types]
+
+    @property
+    def layers_num_experts(self) -> list[int]:
+        """Number of experts of each layer; 1 is a dense MLP."""
+        return [
+            self.num_experts if i % self.expert_layer_period == self.expert_layer_offset else 1
+            for i in range(self.num_hidden_layers)
+        ]
+
+    def validate_architecture(self):
+        """Part of the validation that `@strict` runs on every new configuration."""
+        for kind in ("attn", "expert"):
+            period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
+            if offset >= period:
+                raise ValueError(f"`{kind}_layer_offset` ({offset}) must be smaller than its period ({period}).")
+        if self.num_experts_per_tok > self.num_experts > 1:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed `num_experts` ({self.num_experts})."
+            )
+
+
+@strict
+class LongLLaVAConfig(PreTrainedConfig):
+    r"""
+    Configuration of LongLLaVA: a vision tower, a pooling, a projector and any decoder.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The tower's; defaults to CLIP ViT-L/14 at 336 pixels.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The decoder's, of any model type Transformers knows; defaults to [`LongLLaVATextConfig`].
+        image_token_id (`int`, defaults to 516):
+            The id that stands for one image token. 516 is the first reserved piece of Jamba's vocabulary, so that
+            pretrained embeddings need no resizing; an id outside the vocabulary works too, as it is never embedded.
+        vision_feature_layer (`int`, defaults to -2):
+            Hidden state of the tower that is used.
+        vision_feature_select_strategy (`"default"` or `"full"`, defaults to `"default"`):
+            `"default"` drops the class token.
+        pooling_mode (`"2d"`, `"1d"` or `"none"`, defaults to `"2d"`):
+            How the tower's patches become a quarter as many tokens: a bilinear halving of both sides of the patch
+            map, a linear resize of the sequence, or not at all (arXiv 2409.02889, section 3.1).
+        pooling_order (`"before_projector"` or `"after_projector"`, defaults to `"before_projector"`):
+            LongLLaVA pools before the projector, LongVA after it.
+        projector_type (`"mlp2x_gelu"` or `"linear"`, defaults to `"mlp2x_gelu"`):
+            Two linear layers with an activation between them, or one.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            That activation.
+        patch_strategy (`"none"` or `"best_fit"`, defaults to `"none"`):
+            Whether a large picture is also cut into sub-images; the processor's default.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            The `(rows, columns)` of sub-images that `"best_fit"` chooses from; the processor's default.
+        vision_tower (`str`, *optional*):
+            Folder or Hub id the tower's weights come from where a checkpoint has none of its own.
+    """
+
+    model_type = "longllava"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 516
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    pooling_mode: Literal["2d", "1d", "none"] = "2d"
+    pooling_order: Literal["before_projector", "after_projector"] = "before_projector"
+    projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    projector_hidden_act: str = "gelu"
+    patch_strategy: Literal["none", "best_fit"] = "none"
+    image_grid_pinpoints: list | None = None
+    vision_tower: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = dict(_DEFAULT_VISION_CONFIG)
+        if isinstance(self.vision_config, dict):
+            vision_config = {"model_type": "clip_vision_model", **self.vision_config}
+            self.vision_config = AutoConfig.for_model(**vision_config)
+        if self.text_config is None:
+            self.text_config = LongLLaVATextConfig()
+        if isinstance(self.text_config, dict):
+            text_config = {"model_type": LongLLaVATextConfig.model_type, **self.text_config}
+            if text_config["model_type"] == LongLLaVATextConfig.model_type:
+                text_config.pop("model_type")
+                self.text_config = LongLLaVATextConfig(**text_config)
+            else:
+                self.text_config = AutoConfig.for_model(**text_config)
+        if getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Tokens of one picture of the tower's size: 144 for LongLLaVA (24 x 24 patches, halved both ways)."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        if self.pooling_mode == "2d":
+            return (side // 2) ** 2
+        patches = side * side + (self.vision_feature_select_strategy == "full")
+        return patches // 4 if self.pooling_mode == "1d" else patches
+
+    def validate_architecture(self):
+        """Part of the validation that `@strict` runs on every new configuration."""
+        if self.pooling_mode == "2d" and self.vision_feature_select_strategy == "full":
+            raise ValueError('`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: a class token has no place on the patch map.')
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`~PreTrainedConfig.from_dict`]; a published flat configuration (`model_type: llava_jamba`) is translated."""
+        if config_dict.get("model_type") == LlavaJambaConfig.model_type:
+            folder = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or config_dict.get("name_or_path")
+            config_dict = published_to_native(config_dict, folder=folder)
+        return super(LongLLaVAConfig, LongLLaVAConfig).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As [`~PreTrainedConfig.from_pretrained`]; accepts published checkpoints too."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+class LlavaJambaConfig(LongLLaVAConfig):
+    """
+    Entry point for `model_type: llava_jamba`, the layout of the authors' checkpoints. Never instantiated: reading one
+    gives a [`LongLLaVAConfig`].
+    """
+
+    model_type = "llava_jamba"
+
+
+def locate_vision_tower(name: str | None, folder: str | os.PathLike | None) -> str:
+    """
+    Where the tower that a checkpoint calls `name` is to be found: an existing folder (as given, or relative to the
+    checkpoint or to its parent), or a Hub id.
+
+    A path that does not exist, such as one of the authors' machine, falls back to [`DEFAULT_VISION_TOWER`] with a
+    warning that names both.
+    """
+    if name is None:
+        return DEFAULT_VISION_TOWER
+    roots = [""] if folder is None else ["", str(folder), os.path.dirname(os.path.abspath(str(folder)))]
+    for root in roots:
+        candidate = os.path.normpath(os.path.join(root, name))
+        if os.path.isdir(candidate):
+            return candidate
+    is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    if is_hub_id:
+        return name
+    logger.warning(
+        f"The vision tower `{name}` that the checkpoint names does not exist here; using `{DEFAULT_VISION_TOWER}` instead."
+    )
+    return DEFAULT_VISION_TOWER
+
+
+def _read_vision_config(tower: str) -> dict[str, Any]:
+    if tower == DEFAULT_VISION_TOWER:
+        return dict(_DEFAULT_VISION_CONFIG)
+    config = AutoConfig.from_pretrained(tower)
+    return getattr(config, "vision_config", config).to_dict()
+
+
+def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike | None = None) -> dict[str, Any]:
+    """
+    Translate the flat configuration of a published checkpoint.
+
+    Args:
+        config_dict (`dict`): the content of its `config.json`; left as it is.
+        folder (`str`, *optional*): where that file lies, so that a relative `mm_vision_tower` can be found.
+
+    Returns:
+        `dict`: arguments of [`LongLLaVAConfig`].
+
+    Raises:
+        ValueError: for a projector, feature, pooling or merge type that LongLLaVA does not have.
+    """
+    flat = copy.deepcopy(config_dict)
+
+    def translate(key: str, default, allowed: dict):
+        value = flat.get(key, default)
+        if value not in allowed:
+            raise ValueError(f"`{key}` must be one of {list(allowed)}, but the checkpoint's config.json has {value!r}.")
+        return allowed[value]
+
+    # Set by hand upstream and often missing: missing means 2d, an explicit null means none.
+    pooling_mode = translate("resamplePooling", "2d", {"2d": "2d", "1d": "1d", "none": "none", None: "none"})
+    strategy = translate("mm_vision_select_feature", "patch", _SELECT_FEATURE_TO_STRATEGY)
+    projector_type = translate("mm_projector_type", "mlp2x_gelu", {"mlp2x_gelu": "mlp2x_gelu", "linear": "linear"})
+    translate("mm_patch_merge_type", "flat", {"flat": "flat"})
+    tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
+
+    text_config = {
+        key: value
+        for key, value in flat.items()
+        if key not in _PUBLISHED_ONLY_KEYS and key not in _CALLER_KEYS and not key.startswith("mm_")
+    }
+    if "n_ctx" in flat:
+        text_config.setdefault("max_position_embeddings", flat["n_ctx"])
+    native = {
+        "model_type": LongLLaVAConfig.model_type,
+        "architectures": ["LongLLaVAForConditionalGeneration"],
+        "text_config": text_config,
+        "vision_config": _read_vision_config(tower),
+        "vision_tower": tower,
+        "vision_feature_layer": flat.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": strategy,
+        "pooling_mode": pooling_mode,
+        "pooling_order": "before_projector",
+        "projector_type": projector_type,
+        "tie_word_embeddings": flat.get("tie_word_embeddings", False),
+    }
+    if (dtype := text_config.pop("torch_dtype", text_config.pop("dtype", None))) is not None:
+        native["dtype"] = dtype
+    native.update({key: flat[key] for key in _CALLER_KEYS if key in flat})
+    return native
+
+
+def native_to_published(config: LongLLaVAConfig) -> dict[str, Any]:
+    """
+    The inverse of [`published_to_native`]: the content of a `config.json` in the authors' layout.
+
+    Raises:
+        ValueError: where the decoder is not LongLLaVA's own, which that layout cannot say.
+    """
+    if not isinstance(config.text_config, LongLLaVATextConfig):
+        raise ValueError(
+            f"Only a `{LongLLaVATextConfig.model_type}` decoder has a published layout, but this model's is"
+            f" `{config.text_config.model_type}`."
+        )
+    if config.pooling_order != "before_projector":
+        raise ValueError('The published layout always pools before the projector, but this model has `pooling_order="after_projector"`.')
+    flat = config.text_config.to_dict()
+    for key in ("model_type", "transformers_version", "architectures", "_name_or_path"):
+        flat.pop(key, None)
+    flat.update(
+        {
+            "model_type": LlavaJambaConfig.model_type,
+            "architectures": ["LlavaJambaForCausalLM"],
+            "mm_vision_tower": config.vision_tower or DEFAULT_VISION_TOWER,
+            "mm_hidden_size": config.vision_config.hidden_size,
+            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_vision_select_feature": _STRATEGY_TO_SELECT_FEATURE[config.vision_feature_select_strategy],
+            "mm_projector_type": config.projector_type,
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": "pad",
+            "resamplePooling": None if config.pooling_mode == "none" else config.pooling_mode,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "torch_dtype": flat.pop("dtype", None) or str(config.dtype or "float32").removeprefix("torch."),
+        }
+    )
+    return flat
+
+
+__all__ = ["LongLLaVAConfig", "LongLLaVATextConfig"]

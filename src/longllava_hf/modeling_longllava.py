@@ -1,0 +1,427 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+LongLLaVA (arXiv 2409.02889): a vision tower whose patches are pooled to a quarter, a projector, and a decoder. The
+decoder may be any that Transformers knows; LongLLaVA's own is in `modeling_longllava_text`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_longllava import LongLLaVAConfig
+from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
+
+
+@dataclass
+class LongLLaVAModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    What a decoder without its head returns, and:
+
+    router_logits (`tuple(torch.Tensor)`, *optional*): of each expert layer, `(batch * length, num_experts)`; returned
+        with `output_router_logits=True`.
+    image_hidden_states (`torch.Tensor`, *optional*): the image tokens that went into the decoder,
+        `(image tokens, hidden_size)`.
+    """
+
+    router_logits: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LongLLaVACausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `(1,)`, *optional*): with `labels`; includes the load-balancing loss, if there is one.
+    aux_loss (`torch.Tensor` of shape `(1,)`, *optional*): that load-balancing loss, not yet weighted.
+    logits (`torch.Tensor` of shape `(batch, length, vocab_size)`).
+    past_key_values (`Cache`, *optional*).
+    hidden_states, attentions, router_logits (`tuple(torch.Tensor)`, *optional*): one entry for each layer that has them.
+    image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*).
+    """
+
+    loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    router_logits: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+def pool_patches(patches: torch.Tensor, mode: str) -> torch.Tensor:
+    """
+    A quarter of the tokens (arXiv 2409.02889, section 3.1).
+
+    Args:
+        patches (`torch.Tensor` of shape `(images, patches, channels)`): a square map in raster order for `"2d"`.
+        mode (`"2d"`, `"1d"` or `"none"`): halve both sides of the map bilinearly, which for even sides is the mean of
+            2 x 2 patches; resize the sequence linearly; or leave it.
+
+    Returns:
+        `torch.Tensor` of shape `(images, patches // 4, channels)`; `(images, patches, channels)` for `"none"`.
+    """
+    if mode == "none":
+        return patches
+    channels_first = patches.transpose(1, 2)
+    if mode == "1d":
+        return F.interpolate(channels_first, size=patches.shape[1] // 4, mode="linear").transpose(1, 2)
+    side = math.isqrt(patches.shape[1])
+    square = channels_first.unflatten(-1, (side, side))
+    return F.interpolate(square, size=(side // 2, side // 2), mode="bilinear").flatten(-2).transpose(1, 2)
+
+
+class LongLLaVAMultiModalProjector(nn.Module):
+    """From the tower's channels to the decoder's: two linear layers with an activation between them, or one."""
+
+    def __init__(self, config: LongLLaVAConfig):
+        super().__init__()
+        hidden_size = config.get_text_config().hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        if config.projector_type == "mlp2x_gelu":
+            self.act = ACT2FN[config.projector_hidden_act]
+            self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        else:
+            self.act = self.linear_2 = nn.Identity()
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
+    config: LongLLaVAConfig
+    input_modalities = ("image", "text")
+    # Recorded by the decoder, whatever it is.
+    _can_record_outputs: dict[str, Any] = {}
+
+
+class LongLLaVAModel(LongLLaVAPreTrainedModel):
+    """Tower, projector and decoder, without a language-modelling head."""
+
+    def __init__(self, config: LongLLaVAConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LongLLaVAMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`).
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
+            `(image tokens, hidden_size)` for each image, ready for the decoder.
+        """
+        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
+        kwargs["output_hidden_states"] = True
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.hidden_states[self.config.vision_feature_layer]
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        # Key difference to LLaVA: the patches are pooled; LongLLaVA does so before the projector, LongVA after it.
+        if self.config.pooling_order == "before_projector":
+            features = self.multi_modal_projector(pool_patches(features, self.config.pooling_mode))
+        else:
+            features = pool_patches(self.multi_modal_projector(features), self.config.pooling_mode)
+        outputs.pooler_output = list(features)
+        return outputs
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Where image tokens go.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where not given, the positions of
+                `inputs_embeds` that hold the embedding of `config.image_token_id` are taken.
+            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`).
+            image_features (`torch.Tensor` of shape `(image tokens, hidden_size)`).
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, 1)`, bool.
+
+        Raises:
+            ValueError: if there are more or fewer such positions than image tokens.
+        """
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = int(mask.sum()), image_features.shape[0]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
+            )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        # The placeholder's embedding is overwritten, so its id need not be in the vocabulary.
+        embeddings = self.get_input_embeddings()
+        if self.config.image_token_id >= embeddings.num_embeddings:
+            input_ids = torch.where(input_ids == self.config.image_token_id, 0, input_ids)
+        return embeddings(input_ids)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LongLLaVAModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
+                all images of the batch, in reading order; each fills `config.image_seq_length` placeholders.
+            attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*): 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
+            past_key_values (`Cache`, *optional*).
+            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
+            mm_encoder_outputs (`dict`, *optional*): under `"image"`, what [`~LongLLaVAModel.get_image_features`]
+                returned, in place of `pixel_values`.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds`, and at most one of `pixel_values` and
+                `mm_encoder_outputs`, is given; or if image tokens and image features do not match.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and image_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_tokens(input_ids)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LongLLaVAModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=getattr(outputs, "router_logits", None),
+            image_hidden_states=image_features,
+        )
+
+
+class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixin):
+    """LongLLaVA with its language-modelling head: pictures and text in, text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LongLLaVAConfig):
+        super().__init__(config)
+        self.model = LongLLaVAModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See [`LongLLaVAModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LongLLaVACausalLMOutputWithPast:
+        r"""
+        As [`LongLLaVAModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids to predict, shifted inside; -100 is
+                ignored.
+            use_cache (`bool`, *optional*): return a cache, new if none was given.
+            output_router_logits (`bool`, *optional*): return them, and add the load-balancing loss to the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions, or which, to
+                compute logits for; 0 for all.
+
+        Example:
+
+        ```python
+        >>> import longllava_hf
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> processor = AutoProcessor.from_pretrained(longllava_hf.TINY)
+        >>> model = AutoModelForImageTextToText.from_pretrained(longllava_hf.TINY)
+        >>> messages = [{"role": "user", "content": [{"type": "image", "path": "digit.png"},
+        ...     {"type": "text", "text": "Which digit is this?"}]}]
+        >>> inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+        ...     return_dict=True, return_tensors="pt")
+        >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        '7'
+        ```
+        """
+        text_config = self.config.get_text_config()
+        if output_router_logits is None:
+            output_router_logits = getattr(text_config, "output_router_logits", False)
+        if output_router_logits:  # a decoder without experts need not know the word
+            kwargs["output_router_logits"] = True
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        aux_loss = router_aux_loss(text_config, outputs.router_logits, attention_mask)
+        if loss is not None and aux_loss is not None:
+            loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return LongLLaVACausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _encode_images(self, model_kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
+        """Take the pictures out of `generate`'s arguments, as pixels or already encoded: one tensor for each image."""
+        image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        return None if image_outputs is None else list(image_outputs.pooler_output)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Key difference to most models: the first dimension of `pixel_values` is not the batch. Each copy of a row needs
+        # all of that row's images again, in their order; encoded, they are only referred to several times.
+        features = None
+        if expand_size > 1 and input_ids is not None and input_ids.shape[1] > 0:
+            features = self._encode_images(model_kwargs)
+        if features is not None:
+            per_row = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
+            rows = torch.arange(len(features)).split(per_row.tolist()) if int(per_row.sum()) == len(features) else []
+            features = [features[i] for row in rows for i in row.repeat(expand_size).tolist()] or features
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return input_ids, model_kwargs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """
+        As [`~GenerationMixin._prefill`], with three differences: chunks know which images are theirs, on every
+        Transformers release; a cache that already holds the beginning of the conversation is continued, whether the
+        inputs repeat that beginning or not; and only images that are not in that cache yet are used.
+        """
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or not is_first_iteration:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+        features = self._encode_images(model_kwargs)
+        features = None if features is None else torch.cat(features)
+        model_kwargs = dict(model_kwargs)
+        inputs_embeds = model_kwargs.pop("inputs_embeds", None)
+        attention_mask = model_kwargs.pop("attention_mask", None)
+        position_ids = model_kwargs.pop("position_ids", None)
+        sequence = input_ids if inputs_embeds is None else inputs_embeds
+        length, past_length = sequence.shape[1], cache.get_seq_length()
+        if attention_mask is not None:
+            total = attention_mask.shape[1]
+        else:
+            total = getattr(generation_config, "_mask_length", past_length + length)
+        # Inputs as long as the mask repeat what is cached; shorter ones are only what is new.
+        start = past_length if total == length or inputs_embeds is not None else 0
+
+        if inputs_embeds is None and features is not None:
+            is_image = input_ids == self.config.image_token_id
+            if int(is_image.sum()) != features.shape[0]:  # pictures of the new part alone, or an error that forward raises
+                is_image[:, :start] = False
+            row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
+
+        step = generation_config.prefill_chunk_size or length
+        for begin in range(start, length, step):
+            end = min(begin + step, length)
+            seen = past_length + end - start
+            chunk_kwargs = dict(model_kwargs)
+            if inputs_embeds is not None:
+                chunk_kwargs["inputs_embeds"] = inputs_embeds[:, begin:end]
+            if attention_mask is not None:
+                chunk_kwargs["attention_mask"] = attention_mask[:, :seen]
+            if position_ids is not None:
+                chunk_kwargs["position_ids"] = position_ids[..., :seen]
+            chunk = input_ids[:, begin:end] if inputs_embeds is None else input_ids
+            model_inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=True, **chunk_kwargs)
+            if features is not None:
+                mine = features
+                if inputs_embeds is None and (begin, end) != (0, length):
+                    mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
+                if len(mine):
+                    image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])
+                    model_inputs["mm_encoder_outputs"] = {"image": image_outputs}
+            outputs = self(**model_inputs, return_dict=True)
+        return outputs
+
+
+__all__ = ["LongLLaVAForConditionalGeneration", "LongLLaVAModel", "LongLLaVAPreTrainedModel", "pool_patches"]

@@ -1,0 +1,555 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+LongLLaVA's hybrid decoder: Jamba's layers (arXiv 2403.19887) with a state that is a value. Any split of a sequence
+into forward passes over one cache, and any padding, gives the logits of a single pass without padding.
+"""
+
+import math
+from collections.abc import Callable
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .checkpoint_longllava import damaged_files, load_published_checkpoint
+from .configuration_longllava import LongLLaVATextConfig
+from .experts_longllava import LongLLaVAExperts, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .selective_scan_longllava import causal_conv1d, selective_scan
+
+
+class LongLLaVARMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class Padding(NamedTuple):
+    """
+    Where the padding of a forward pass lies, and how to move it out of the way of a recurrence.
+
+    order (`(batch, length)`): puts each row's tokens first, in their order, and its padding last.
+    inverse (`(batch, length)`): undoes that.
+    is_token (`(batch, length)`, bool): which positions hold tokens, after `order`.
+    lengths (`(batch,)`): number of tokens in each row.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    is_token: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def from_attention_mask(cls, attention_mask: torch.Tensor | None, length: int) -> "Padding | None":
+        """
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch, past length + length)`): 0 where there is padding.
+            length (`int`): number of positions of this forward pass; the mask's last ones are theirs.
+
+        Returns:
+            `Padding`, or `None` where there is none.
+        """
+        if attention_mask is None or attention_mask.ndim != 2:
+            return None
+        is_token = attention_mask[:, -length:].bool()
+        # Looking at the mask makes the host wait for a device: worth it for a prompt, not for every generated token.
+        may_look = not is_torchdynamo_compiling() and (length > 1 or is_token.device.type == "cpu")
+        if may_look and is_token.all():
+            return None
+        order = torch.argsort(~is_token, dim=-1, stable=True)
+        return cls(order, torch.argsort(order, dim=-1), is_token.gather(-1, order), is_token.sum(-1))
+
+
+def _permute_tokens(hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return hidden_states.gather(1, order.unsqueeze(-1).expand_as(hidden_states))
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """`(batch, key_value_heads, length, head_dim)` to `(batch, key_value_heads * n_rep, length, head_dim)`."""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    attn_weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    return (attn_weights @ value).transpose(1, 2).contiguous(), attn_weights
+
+
+class LongLLaVAAttention(nn.Module):
+    """Grouped-query attention. Key difference to Llama: no positional embedding; the Mamba layers know the order."""
+
+    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class LongLLaVATimeStepProjection(nn.Linear):
+    """
+    A linear layer that leaves its bias to the scan, which adds it in float32: step sizes are small differences between
+    the two, and bfloat16 would lose one or two percent of each. Being a module that is called, it can be wrapped by
+    adapters.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight)
+
+
+class LongLLaVAMambaMixer(nn.Module):
+    """
+    Mamba's selective state space (arXiv 2312.00752). Key difference to Mamba: the step size, B and C are normalised,
+    as in Jamba.
+    """
+
+    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.ssm_state_size = config.mamba_d_state
+        self.conv_kernel_size = config.mamba_d_conv
+        self.intermediate_size = config.mamba_expand * config.hidden_size
+        self.time_step_rank = config.mamba_dt_rank
+        self.in_proj = nn.Linear(config.hidden_size, 2 * self.intermediate_size, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            self.intermediate_size,
+            self.intermediate_size,
+            kernel_size=self.conv_kernel_size,
+            groups=self.intermediate_size,
+            bias=config.mamba_conv_bias,
+        )
+        self.act = ACT2FN[config.hidden_act]
+        self.x_proj = nn.Linear(self.intermediate_size, self.time_step_rank + 2 * self.ssm_state_size, bias=False)
+        self.dt_proj = LongLLaVATimeStepProjection(self.time_step_rank, self.intermediate_size)
+        self.A_log = nn.Parameter(torch.empty(self.intermediate_size, self.ssm_state_size))
+        self.D = nn.Parameter(torch.empty(self.intermediate_size))
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
+        self.dt_layernorm = LongLLaVARMSNorm(self.time_step_rank, eps=config.rms_norm_eps)
+        self.b_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
+        self.c_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
+
+    def _past_states(
+        self, past_key_values: Cache | None, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; empty where nothing is cached."""
+        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        if layer is None or not layer.has_previous_state[0]:
+            return x.new_zeros(*x.shape[:2], self.conv_kernel_size), None
+        recurrent_state = layer.recurrent_states[0]
+        # The cache overwrites its states in place, but the backward pass needs this one as it is now.
+        return layer.conv_states[0], recurrent_state.clone() if torch.is_grad_enabled() else recurrent_state
+
+    def _deferred_bias(self) -> torch.Tensor | None:
+        """The bias that `dt_proj` left to the scan; none where a quantiser put a plain linear layer in its place."""
+        dt_proj = self.dt_proj.get_base_layer() if hasattr(self.dt_proj, "get_base_layer") else self.dt_proj
+        return dt_proj.bias if isinstance(dt_proj, LongLLaVATimeStepProjection) else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, padding: Padding | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
+            past_key_values (`Cache`, *optional*): holds the states before the first token; gets those after the last.
+            padding (`Padding`, *optional*): positions that must leave no trace.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, hidden_size)`.
+        """
+        if padding is not None:
+            hidden_states = _permute_tokens(hidden_states, padding.order)
+        x, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, intermediate_size, length)
+        if padding is not None:
+            # Selected, not multiplied: whatever padding holds must not reach the state, be it infinite.
+            x = torch.where(padding.is_token[:, None], x, 0)
+
+        # 1. Causal convolution
+        conv_state, recurrent_state = self._past_states(past_key_values, x)
+        if past_key_values is not None:
+            inputs = torch.cat([conv_state.to(x.dtype), x], dim=-1)
+            if padding is None:
+                new_conv_state = inputs[..., -self.conv_kernel_size :]
+            else:  # the inputs up to each row's last token
+                window = padding.lengths[:, None] + torch.arange(self.conv_kernel_size, device=x.device)
+                new_conv_state = inputs.gather(-1, window[:, None].expand(-1, x.shape[1], -1))
+        x = self.act(causal_conv1d(x, conv_state, self.conv1d))
+
+        # 2. Step size, B and C, from the input: what makes the state space selective
+        time_step, B, C = self.x_proj(x.transpose(1, 2)).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+        )
+        delta = self.dt_proj(self.dt_layernorm(time_step)).transpose(1, 2)
+        B, C = self.b_layernorm(B).transpose(1, 2), self.c_layernorm(C).transpose(1, 2)
+        if padding is not None:
+            # softplus(-inf) = 0: padding takes no step.
+            delta = torch.where(padding.is_token[:, None], delta, float("-inf"))
+            x = torch.where(padding.is_token[:, None], x, 0)
+
+        # 3. The recurrence
+        scan_output, final_state = selective_scan(
+            x,
+            delta,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            D=self.D,
+            z=gate,
+            delta_bias=self._deferred_bias(),
+            delta_softplus=True,
+            initial_state=recurrent_state,
+            return_final_state=True,
+        )
+        if past_key_values is not None:
+            past_key_values.update_conv_state(new_conv_state, self.layer_idx)
+            past_key_values.update_recurrent_state(final_state, self.layer_idx)
+
+        output = self.out_proj(scan_output.transpose(1, 2))
+        return output if padding is None else _permute_tokens(output, padding.inverse)
+
+
+class LongLLaVADecoderLayer(GradientCheckpointingLayer):
+    """What the two kinds of layer share: a mixer over positions, then a feed-forward, each with its norm and residual."""
+
+    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
+        super().__init__()
+        has_experts = config.layers_num_experts[layer_idx] > 1
+        self.input_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_ff_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else LongLLaVAMLP(config)
+
+    def mix(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.mix(self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
+
+
+class LongLLaVAAttentionDecoderLayer(LongLLaVADecoderLayer):
+    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = LongLLaVAAttention(config, layer_idx)
+
+    def mix(self, hidden_states: torch.Tensor, padding: Padding | None = None, **kwargs) -> torch.Tensor:
+        return self.self_attn(hidden_states, **kwargs)[0]
+
+
+class LongLLaVAMambaDecoderLayer(LongLLaVADecoderLayer):
+    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.mamba = LongLLaVAMambaMixer(config, layer_idx)
+
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        padding: Padding | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        return self.mamba(hidden_states, past_key_values=past_key_values, padding=padding)
+
+
+class LongLLaVATextPreTrainedModel(PreTrainedModel):
+    config: LongLLaVATextConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongLLaVAAttentionDecoderLayer", "LongLLaVAMambaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # A recurrent state cannot be rolled back, so `generate` refuses assisted decoding.
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": LongLLaVADecoderLayer,
+        "attentions": LongLLaVAAttention,
+        "router_logits": OutputRecorder(LongLLaVATopKRouter, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, LongLLaVAMambaMixer):
+            rates = torch.arange(1, module.ssm_state_size + 1, dtype=torch.float32)
+            init.copy_(module.A_log, torch.log(rates).expand(module.intermediate_size, -1).contiguous())
+            init.ones_(module.D)
+            # Step sizes between 0.001 and 0.1 (arXiv 2312.00752, section 3.6), through the inverse of the softplus.
+            steps = torch.exp(torch.empty(module.intermediate_size).uniform_(math.log(1e-3), math.log(1e-1)))
+            if (bias := module._deferred_bias()) is not None:
+                init.copy_(bias, steps + torch.log(-torch.expm1(-steps)))
+        elif isinstance(module, LongLLaVAExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, LongLLaVATopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        r"""
+        As [`~PreTrainedModel.from_pretrained`], for native and published checkpoints.
+
+        Raises:
+            ValueError: listing the weights that are missing or of another shape; none is ever left random.
+            OSError: if there are no weights, or a file of them is damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except (SafetensorError, UnpicklingError, EOFError) as error:
+            damaged = damaged_files(pretrained_model_name_or_path)
+            raise OSError(f"The weights of `{pretrained_model_name_or_path}` are damaged: {damaged or error}") from error
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        load = PreTrainedModel._load_pretrained_model
+        return load_published_checkpoint(load, model, state_dict, checkpoint_files, load_config, **kwargs)
+
+
+class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
+    """The decoder without its head: token ids or embeddings to hidden states."""
+
+    def __init__(self, config: LongLLaVATextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        layer_classes = {"full_attention": LongLLaVAAttentionDecoderLayer, "linear_attention": LongLLaVAMambaDecoderLayer}
+        self.layers = nn.ModuleList(layer_classes[kind](config, i) for i, kind in enumerate(config.layer_types))
+        self.final_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*):
+                0 where there is padding, which may lie anywhere.
+            position_ids (`torch.LongTensor`, *optional*): only tells packed sequences apart in attention; nothing here
+                embeds a position.
+            past_key_values (`Cache`, *optional*): keys, values and states of what came before; updated in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
+            use_cache (`bool`, *optional*): return a cache, new if none was given.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+        # `generate` prepares the masks itself where the cache has a fixed size.
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        padding = Padding.from_attention_mask(masks["linear_attention"] if masks else attention_mask, length)
+        if masks is not None:
+            causal_mask = masks["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                padding=padding,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def router_aux_loss(
+    config: LongLLaVATextConfig, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The load-balancing loss over all expert layers (arXiv 2101.03961, equations 4 to 6); `None` without experts."""
+    if not router_logits:
+        return None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        # The mask covers the past too, the logits only this pass.
+        attention_mask = attention_mask[:, -(router_logits[0].shape[0] // attention_mask.shape[0]) :]
+    else:
+        attention_mask = None
+    return load_balancing_loss_func(
+        tuple(router_logits), config.num_experts, config.num_experts_per_tok, attention_mask
+    )
+
+
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `logits_to_keep` positions (0: all), or the positions at those indices."""
+    positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, positions, :]
+
+
+class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
+    """The decoder with its head, for text alone. Loads Jamba checkpoints too."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: LongLLaVATextConfig):
+        super().__init__(config)
+        self.model = LongLLaVATextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        As [`LongLLaVATextModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids to predict, shifted inside; -100 is
+                ignored.
+            output_router_logits (`bool`, *optional*): return them, and add the load-balancing loss to the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions, or which, to
+                compute logits for; 0 for all.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        aux_loss = router_aux_loss(self.config, outputs.router_logits, attention_mask)
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["LongLLaVAForCausalLM", "LongLLaVATextModel", "LongLLaVATextPreTrainedModel"]
