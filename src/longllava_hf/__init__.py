@@ -9,17 +9,21 @@ from pathlib import Path
 import transformers
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
+# Older releases hide this class behind torchvision, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from .checkpoint_longllava import register_expert_conversion
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
+from .image_processing_longllava import LongLLaVAImageProcessor
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
+from .processing_longllava import LongLLaVAProcessor
 
 
 __version__ = "0.1.0"
@@ -39,6 +43,10 @@ def _register() -> None:
     AutoModelForImageTextToText.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
     if (auto_class := getattr(transformers, "AutoModelForMultimodalLM", None)) is not None:
         auto_class.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
+    # One class for both back ends: pixels are the same with and without torchvision.
+    image_processors = {"pil": LongLLaVAImageProcessor, "torchvision": LongLLaVAImageProcessor}
+    AutoImageProcessor.register(LongLLaVAConfig, image_processor_classes=image_processors, exist_ok=True)
+    AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
     register_expert_conversion()
 
 
@@ -49,7 +57,9 @@ __all__ = [
     "LongLLaVAConfig",
     "LongLLaVAForCausalLM",
     "LongLLaVAForConditionalGeneration",
+    "LongLLaVAImageProcessor",
     "LongLLaVAModel",
+    "LongLLaVAProcessor",
     "LongLLaVATextConfig",
     "LongLLaVATextModel",
     "__version__",

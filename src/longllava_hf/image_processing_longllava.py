@@ -1,0 +1,414 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""Pictures and frames to tensors: decoding, the padding to a square, and CLIP's own preprocessing."""
+
+import base64
+import binascii
+import io
+import math
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from huggingface_hub.utils import get_session
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BatchFeature, select_best_resolution
+from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+# Pictures with more pixels are refused: decoding one would take gigabytes. The limit is Pillow's own.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+
+# Grids of sub-images that "best_fit" chooses from: all up to 6 x 6 (arXiv 2406.16852, section 3).
+DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in range(1, 7)]
+
+_TIMEOUT_SECONDS = 60
+
+
+def describe_source(source: Any) -> str:
+    """A short name of a picture or video for messages."""
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        return f"`{name if len(name) <= 200 else name[:60] + '...'}`"
+    if isinstance(source, (bytes, bytearray)):
+        return f"{len(source)} bytes"
+    return type(source).__name__
+
+
+def read_source(source: str | os.PathLike | bytes) -> str | io.BytesIO:
+    """
+    Something that Pillow and PyAV can open: a local path as it is; the content of a URL, of base64 text (a data URI or
+    bare), or of bytes.
+
+    Raises:
+        OSError: if there is no such file, or the URL cannot be read.
+    """
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source)
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        try:
+            response = get_session().get(text, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
+            response.raise_for_status()
+        except Exception as error:
+            raise OSError(f"{describe_source(text)} could not be read: {error}") from error
+        return io.BytesIO(response.content)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if os.path.isfile(text):
+        return text
+    payload = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
+    try:
+        return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
+    except (binascii.Error, ValueError):
+        raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.") from None
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is empty: its size is {width} x {height} pixels, and both must be at least 1.")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} is too large: it has {width} x {height} = {width * height} pixels, and the limit is {MAX_PIXELS}."
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16 bits a pixel; Pillow's own conversion would clip them at 255.
+        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
+    """
+    A picture as an RGB PIL image, upright as its EXIF orientation says; arrays and tensors as arrays.
+
+    Args:
+        source: a path, a URL, base64 text, bytes, a PIL image in any mode, or an array or tensor of shape `(height,
+            width)`, `(height, width, channels)` or `(channels, height, width)`, with values in 0..255 or 0..1.
+        name (`str`, *optional*): what to call it in errors.
+
+    Raises:
+        ValueError: if it is empty, damaged, too large, or no picture at all.
+        OSError: if there is no such file.
+    """
+    name = name or f"The picture ({describe_source(source)})"
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        if source.ndim not in (2, 3):
+            raise ValueError(f"{name} must have 2 or 3 dimensions, but it has {source.ndim}: shape {source.shape}.")
+        height, width = source.shape[:2] if source.ndim == 2 or source.shape[-1] in (1, 3, 4) else source.shape[1:]
+        _check_size(width, height, name)
+        return source
+    if isinstance(source, Image.Image):
+        _check_size(*source.size, name)
+        image = source
+    elif isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        file = read_source(source)
+        if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
+            raise ValueError(f"{name} is empty: it has 0 bytes.")
+        try:
+            image = Image.open(file)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{name} is too large, the limit is {MAX_PIXELS} pixels: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
+        _check_size(*image.size, name)
+    else:
+        raise ValueError(
+            f"{name} must be a path, a URL, base64 text, bytes, a PIL image, an array or a tensor, but it is a"
+            f" {type(source).__name__}."
+        )
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+
+
+class VideoFile:
+    """
+    The sampled frames of a video file, decoded with PyAV each time they are iterated over and not before.
+
+    Args:
+        source (`str`, `os.PathLike` or `bytes`): a path, URL, base64 text, or the content of a file.
+        num_frames (`int`, *optional*): how many frames, uniformly from the first to the last; all if there are fewer.
+        fps (`float`, *optional*): frames a second, instead; exactly one of the two may be given, none means all.
+
+    Raises:
+        ValueError: if the file is empty, truncated, or has no video in it.
+        OSError: if there is no such file.
+        ImportError: without PyAV.
+    """
+
+    def __init__(self, source, num_frames: int | None = None, fps: float | None = None, name: str | None = None):
+        if num_frames is not None and fps is not None:
+            raise ValueError(f"Only one of `num_frames` ({num_frames}) and `fps` ({fps}) can be given.")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
+        if fps is not None and fps <= 0:
+            raise ValueError(f"`fps` must be positive, but it is {fps}.")
+        self.source = source
+        self.name = name or f"The video ({describe_source(source)})"
+        file = read_source(source)
+        if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
+            raise ValueError(f"{self.name} is empty: it has 0 bytes.")
+        self._index(file)
+        self.indices = self._sample(num_frames, fps)
+
+    def _open(self, file):
+        try:
+            import av
+        except ImportError:
+            raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
+        try:
+            return av.open(file)
+        except av.FFmpegError as error:
+            raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error}") from error
+
+    def _index(self, file) -> None:
+        """Read the packets, without decoding them: when each frame is shown, and at which ones decoding can start."""
+        import av
+
+        times, keys = [], []
+        with self._open(file) as container:
+            if not container.streams.video:
+                raise ValueError(f"{self.name} has no video stream.")
+            stream = container.streams.video[0]
+            try:
+                for packet in container.demux(stream):
+                    if packet.pts is not None:
+                        times.append(packet.pts)
+                        if packet.is_keyframe:
+                            keys.append(packet.pts)
+            except av.FFmpegError as error:
+                raise ValueError(f"{self.name} is damaged after {len(times)} frames: {error}") from error
+            declared = stream.frames
+            self.fps = float(stream.average_rate or stream.guessed_rate or 0) or None
+        if not times:
+            raise ValueError(f"{self.name} has no frames.")
+        if len(times) < declared:
+            raise ValueError(f"{self.name} is truncated: it should have {declared} frames, and {len(times)} are there.")
+        self._times, self._keys = sorted(times), sorted(keys)
+
+    @property
+    def total_frames(self) -> int:
+        """How many frames the file has, sampled or not."""
+        return len(self._times)
+
+    def _sample(self, num_frames: int | None, fps: float | None) -> list[int]:
+        total = self.total_frames
+        if fps is not None:
+            if self.fps is None:
+                raise ValueError(f"{self.name} does not say its frame rate; use `num_frames` instead of `fps`.")
+            picks = np.arange(0, total, max(self.fps / fps, 1.0)).astype(int)
+        elif num_frames is not None and num_frames < total:
+            picks = np.linspace(0, total - 1, num_frames).astype(int)
+        else:
+            picks = np.arange(total)
+        return picks.tolist()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        import av
+
+        wanted = [self._times[i] for i in self.indices]
+        done = 0
+        with self._open(read_source(self.source)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            frames, position = container.decode(stream), self._times[0]
+            try:
+                while done < len(wanted):
+                    key = bisect_right(self._keys, wanted[done]) - 1
+                    if key >= 0 and self._keys[key] > position:
+                        # Nothing between here and that key frame is wanted: do not decode it.
+                        container.seek(self._keys[key], stream=stream)
+                        frames = container.decode(stream)
+                    frame = next(f for f in frames if f.pts is not None and f.pts >= wanted[done])
+                    position = frame.pts
+                    image = frame.to_image()
+                    if rotation := getattr(frame, "rotation", 0):
+                        image = image.rotate(rotation, expand=True)
+                    _check_size(*image.size, self.name)
+                    yield image
+                    done += 1
+                    while done < len(wanted) and wanted[done] <= position:  # the file skipped a frame
+                        yield image
+                        done += 1
+            except (av.FFmpegError, StopIteration) as error:
+                reason = str(error) or "it ends early"
+                raise ValueError(
+                    f"{self.name} is damaged or truncated: {len(wanted)} frames were wanted, {done} could be read ({reason})."
+                ) from error
+
+
+def ordered_map(function: Callable, items: Iterable, max_workers: int) -> Iterator:
+    """`map` in threads, in order, taking from `items` only a little ahead of what is asked for."""
+    with ThreadPoolExecutor(max_workers) as pool:
+        pending: deque = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * max_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    patch_strategy (`"none"` or `"best_fit"`, defaults to `"none"`):
+        Whether a picture is, after the whole of it, also cut into sub-images.
+    image_grid_pinpoints (`list[list[int]]`, *optional*):
+        The `(rows, columns)` that `"best_fit"` chooses from, by default all up to 6 x 6.
+    image_seq_length (`int`, defaults to 144):
+        Tokens that the model makes of one tile.
+    """
+
+    patch_strategy: Literal["none", "best_fit"] | None
+    image_grid_pinpoints: list | None
+    image_seq_length: int | None
+
+
+class LongLLaVAImageProcessor(LlavaImageProcessorPil):
+    r"""
+    CLIP's preprocessing on a picture padded to a square, bit for bit as Pillow does it, whether torchvision is
+    installed or not. Pictures are decoded and resized in threads.
+
+    `preprocess` takes one picture or any nesting of lists of them (see [`load_picture`] for what a picture can be) and
+    returns `pixel_values` of shape `(tiles, 3, height, width)`, float32. With `patch_strategy="best_fit"` it also
+    returns `image_grids`, the rows and columns of each picture's sub-images; the whole picture, the first tile, is not
+    counted.
+    """
+
+    valid_kwargs = LongLLaVAImageProcessorKwargs
+    size = {"shortest_edge": 336}
+    crop_size = {"height": 336, "width": 336}
+    do_pad = True
+    patch_strategy = "none"
+    image_grid_pinpoints = None
+    image_seq_length = 144
+
+    def __init__(self, **kwargs: Unpack[LongLLaVAImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def fetch_images(self, images):
+        """Pictures are decoded where they are resized, in threads; this leaves them as they are."""
+        return images
+
+    def process_image(self, image: Any, name: str | None = None, **kwargs) -> np.ndarray:
+        """One picture as an array `(3, height, width)`; see [`load_picture`] for what it may be and what it raises."""
+        picture = load_picture(image, name)
+        if isinstance(picture, np.ndarray) and picture.ndim == 2:
+            picture = picture[None]
+        if isinstance(picture, np.ndarray):
+            data_format = kwargs.get("input_data_format")
+            channels_last = data_format == ChannelDimension.LAST or (data_format is None and picture.shape[-1] in (1, 3, 4))
+            picture = np.moveaxis(picture, -1, 0) if channels_last else picture
+            if picture.shape[0] not in (1, 3, 4):
+                raise ValueError(f"{name or 'The picture'} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
+            if picture.shape[0] != 3 and kwargs.get("do_convert_rgb"):
+                picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
+            return np.ascontiguousarray(picture)
+        return super().process_image(picture, **kwargs)
+
+    def best_grid(self, height: int, width: int, tile: int, pinpoints: list | None = None) -> tuple[int, int]:
+        """Rows and columns of `tile`-sized sub-images that lose the least of a picture and waste the least of a grid."""
+        resolutions = [[rows * tile, columns * tile] for rows, columns in pinpoints or DEFAULT_GRID_PINPOINTS]
+        best_height, best_width = select_best_resolution((height, width), resolutions)
+        return best_height // tile, best_width // tile
+
+    def _sub_images(self, image: np.ndarray, grid: tuple[int, int], tile: int, resample) -> list[np.ndarray]:
+        """`image` fitted into the grid, the rest black, cut into tiles in raster order (arXiv 2406.16852, section 3)."""
+        (rows, columns), (_, height, width) = grid, image.shape
+        scale = min(rows * tile / height, columns * tile / width)
+        fitted_height = min(math.ceil(height * scale), rows * tile)
+        fitted_width = min(math.ceil(width * scale), columns * tile)
+        fitted = self.resize(image, type(self.size)(height=fitted_height, width=fitted_width), resample=resample)
+        canvas = np.zeros((image.shape[0], rows * tile, columns * tile), dtype=fitted.dtype)
+        top, left = (rows * tile - fitted_height) // 2, (columns * tile - fitted_width) // 2
+        canvas[:, top : top + fitted_height, left : left + fitted_width] = fitted
+        return [
+            canvas[:, r * tile : (r + 1) * tile, c * tile : (c + 1) * tile] for r in range(rows) for c in range(columns)
+        ]
+
+    def _preprocess_image_like_inputs(
+        self,
+        images,
+        *args,
+        patch_strategy: str | None = None,
+        image_grid_pinpoints: list | None = None,
+        image_seq_length: int | None = None,
+        return_tensors=None,
+        input_data_format=None,
+        do_convert_rgb: bool | None = None,
+        crop_size=None,
+        resample=None,
+        **kwargs,
+    ) -> BatchFeature:
+        kwargs.update(crop_size=crop_size, resample=resample, pad_size=None)
+        if kwargs.get("do_pad") and not do_convert_rgb and kwargs.get("image_mean") is not None:
+            do_convert_rgb = True  # the background has three channels
+
+        def process(item) -> tuple[list[np.ndarray], tuple[int, int]]:
+            index, (source, whole_only) = item
+            name = f"Image {index} ({describe_source(source)})"
+            image = self.process_image(source, name, input_data_format=input_data_format, do_convert_rgb=do_convert_rgb)
+            tiles, grid = [image], (0, 0)
+            if patch_strategy == "best_fit" and not whole_only:
+                side = crop_size.height
+                grid = self.best_grid(*image.shape[1:], side, image_grid_pinpoints)
+                tiles += self._sub_images(image, grid, side, resample)
+            pixel_values = self._preprocess(tiles, return_tensors=None, **kwargs)["pixel_values"]
+            return pixel_values, grid
+
+        workers = max(1, min(8, os.cpu_count() or 1))
+        pixel_values, grids = [], []
+        for tiles, grid in ordered_map(process, enumerate(_flatten(images)), workers):
+            pixel_values.extend(tiles)
+            grids.append(grid)
+        if not pixel_values:
+            raise ValueError("At least one image must be given, but there are 0.")
+        if len({tile.shape for tile in pixel_values}) == 1:
+            pixel_values = np.stack(pixel_values)
+        data = {"pixel_values": pixel_values}
+        if patch_strategy == "best_fit":
+            data["image_grids"] = np.array(grids)
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _flatten(images) -> Iterator[tuple[Any, bool]]:
+    """Every picture in any nesting, and whether only the whole of it is wanted, which is so for the frames of a video."""
+    if isinstance(images, VideoFile):
+        yield from ((frame, True) for frame in images)
+    elif isinstance(images, Frames):
+        yield from ((frame, True) for frame, _ in _flatten(list(images)))
+    elif isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _flatten(image)
+    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
+        for image in images:
+            yield from _flatten(image)
+    else:
+        yield images, False
+
+
+class Frames(list):
+    """The frames of one video that the caller has decoded already: a list that says so."""
+
+
+__all__ = ["Frames", "LongLLaVAImageProcessor", "VideoFile", "load_picture"]

@@ -1,0 +1,421 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The token protocol (arXiv 2409.02889, section 3.2) and the chat template.
+
+| input           | text                                                                                        |
+|-----------------|---------------------------------------------------------------------------------------------|
+| picture         | `<img>`, image tokens, `</img>`                                                             |
+| high resolution | the same for the whole picture, a line break, and for the sub-images, a line for each row   |
+| video           | `<vid>`, its frames as pictures joined by `<t>`, `</vid>`                                   |
+"""
+
+import copy
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
+
+from .image_processing_longllava import Frames, LongLLaVAImageProcessor, VideoFile
+
+
+logger = logging.get_logger(__name__)
+
+ROLES = ("user", "assistant")
+
+# The piece of Jamba's vocabulary that becomes the image token: reserved, and so never met in training.
+_RESERVED_PIECE = "<|reserved_0|>"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- bos_token + '<|User|>\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for block in message['content'] -%}
+{%- if block['type'] == 'text' -%}
+{{- block['text'] -}}
+{%- else -%}
+{%- if not loop.first and loop.previtem['type'] == 'text' and loop.previtem['text'] and not loop.previtem['text'][-1].isspace() -%}
+{{- ' ' -}}
+{%- endif -%}
+{{- '<' + block['type'] + '>' -}}
+{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '\\n' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- bos_token + '<|Assistant|>\\n' -}}
+{%- generation -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for block in message['content'] -%}{{- block['text'] -}}{%- endfor -%}
+{%- endif -%}
+{{- eos_token if loop.last else '\\n' -}}
+{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception("Unknown role '" + message['role'] + "': LongLLaVA's chats have the roles 'user' and 'assistant'.") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- bos_token + '<|Assistant|>\\n' -}}{%- endif -%}
+"""
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerFast, image_token: str) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer that knows `image_token` as one special token. In Jamba's vocabulary a reserved piece is renamed, so
+    that its id, 516, is within the pretrained embeddings; elsewhere the token is added at the end.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if image_token in vocabulary:
+        return tokenizer
+    if _RESERVED_PIECE not in vocabulary or not tokenizer.is_fast:
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        return tokenizer
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model_vocabulary = description["model"]["vocab"]
+    model_vocabulary[image_token] = model_vocabulary.pop(_RESERVED_PIECE)
+    for token in description["added_tokens"]:
+        if token["content"] == _RESERVED_PIECE:
+            token["content"] = image_token
+    special_tokens = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)),
+        **special_tokens,
+        model_max_length=tokenizer.model_max_length,
+        # What is generated is appended, so padding belongs in front.
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class LongLLaVAProcessor(ProcessorMixin):
+    r"""
+    Pictures, videos and text to what [`LongLLaVAForConditionalGeneration`] takes.
+
+    Args:
+        image_processor ([`LongLLaVAImageProcessor`]): for pictures and frames.
+        tokenizer ([`PreTrainedTokenizerFast`]): gets the token `<image>` if it has none.
+        chat_template (`str`, *optional*): a Jinja template; LongLLaVA's own by default.
+
+    `processor(images=None, text=None, videos=None, ...)`: in `text`, each `<image>` and `<video>` stands for the next
+    picture or video. A video is a path, URL, bytes, a list of frames, or an array `(frames, height, width, 3)`; a file
+    is sampled by `num_frames` (default 128, uniformly) or `fps`. `pixel_values` holds all pictures and frames of the
+    batch, in reading order.
+    """
+
+    image_token = "<image>"
+    video_token = "<video>"
+    videos_kwargs = {"num_frames": 128}
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        tokenizer = add_image_token(tokenizer, self.image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        tokenizer_kwargs = {"subfolder": "", **kwargs}
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **tokenizer_kwargs)
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
+        image_processor = cls._load_image_processor(pretrained_model_name_or_path, processor_dict or {}, hub_kwargs)
+        return [image_processor, tokenizer]
+
+    @staticmethod
+    def _load_image_processor(folder, processor_dict: dict, hub_kwargs: dict) -> LongLLaVAImageProcessor:
+        """From its own settings; a published folder has none, or CLIP's, and the configuration tells the rest."""
+        settings = processor_dict.get("image_processor")
+        if settings is None:
+            file = cached_file(folder, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+            settings = None if file is None else LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0]
+        if settings is None or "image_seq_length" not in settings:
+            config = AutoConfig.from_pretrained(folder, **hub_kwargs)
+            side = config.vision_config.image_size
+            settings = {
+                "size": {"shortest_edge": side},
+                "crop_size": {"height": side, "width": side},
+                **_tower_settings(config.vision_tower),
+                **(settings or {}),
+                "patch_strategy": config.patch_strategy,
+                "image_grid_pinpoints": config.image_grid_pinpoints,
+                "image_seq_length": config.image_seq_length,
+            }
+        return LongLLaVAImageProcessor.from_dict(settings)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        if not kwargs.get("return_offsets_mapping") or kwargs.get("return_text_replacement_offsets"):
+            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        # Offsets are into the text as it was given. Releases that do not ask for the replacements (before 5.2x) take
+        # them for that when they mark what the assistant said.
+        kwargs["return_text_replacement_offsets"] = True
+        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        replacements = inputs.pop("text_replacement_offsets")
+        if len(replacements):
+            offsets = [_before_replacement(*row) for row in zip(inputs["offset_mapping"], replacements)]
+            as_tensor = isinstance(inputs["offset_mapping"], torch.Tensor)
+            inputs["offset_mapping"] = torch.tensor(offsets) if as_tensor else offsets
+        return inputs
+
+    # The steps of `ProcessorMixin.__call__`. A video's frames are pictures to the model, so pictures and videos go
+    # through the image processor together, in reading order.
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Put pictures and videos in the order of their placeholders. Raises `ValueError` where the counts differ."""
+        if audio is not None:
+            raise ValueError("LongLLaVA has no audio input, but `audio` was given.")
+        if isinstance(text, str):
+            text = [text]
+        elif text is not None:
+            text = list(text)
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError("`text` must be a string or a list of strings.")
+        pictures = [] if images is None else _flatten_pictures(images)
+        films = [] if videos is None else [self._sampled(video, kwargs) for video in _flatten_videos(videos)]
+        if text is None:
+            return (pictures + films) or None, None, None, None
+
+        for kind, token, given in (("image", self.image_token, pictures), ("video", self.video_token, films)):
+            counts = [sample.count(token) for sample in text]
+            if sum(counts) != len(given):
+                where = f" (by prompt: {counts})" if len(counts) > 1 else ""
+                raise ValueError(
+                    f"Each `{token}` in the text stands for one {kind}: found {sum(counts)} `{token}`{where} and"
+                    f" {len(given)} {kind}s."
+                )
+        queues = {self.image_token: iter(pictures), self.video_token: iter(films)}
+        placeholder = re.compile("|".join(map(re.escape, queues)))
+        ordered = [next(queues[token]) for sample in text for token in placeholder.findall(sample)]
+        return ordered or None, text, None, None
+
+    def _sampled(self, video, kwargs: dict) -> VideoFile | Frames:
+        """A file with its sampling; frames as they are, or as many of them as asked for."""
+        explicit = {**kwargs.get("videos_kwargs", {}), **kwargs}
+        num_frames, fps = explicit.get("num_frames"), explicit.get("fps")
+        if explicit.get("do_sample_frames") is False:
+            num_frames = fps = None
+        elif num_frames is None and fps is None and not isinstance(video, (Frames, np.ndarray, torch.Tensor)):
+            num_frames = self.videos_kwargs["num_frames"]
+        if isinstance(video, VideoFile):
+            return video
+        if isinstance(video, (str, os.PathLike, bytes, bytearray)):
+            return VideoFile(video, num_frames=num_frames, fps=fps)
+        frames = Frames(video)
+        if not frames:
+            raise ValueError("A video must have at least 1 frame, but a list of 0 frames was given.")
+        if fps is not None:
+            raise ValueError("`fps` needs a video file: frames that are already decoded do not say when they are shown.")
+        if num_frames is not None and num_frames < len(frames):
+            frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))
+        return frames
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """That there is anything at all; `prepare_inputs_layout` has checked the rest."""
+        if images is None and text is None:
+            raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
+
+    def _process_images(self, images, **kwargs):
+        image_inputs = self.image_processor(images, **kwargs)
+        tokens = f"<img>{self.image_token * (kwargs.get('image_seq_length') or self.image_processor.image_seq_length)}</img>"
+        grids = iter(image_inputs.get("image_grids", np.zeros((len(image_inputs["pixel_values"]), 2), int)).tolist())
+        replacements = []
+        for item in images:
+            if isinstance(item, (VideoFile, Frames)):
+                for _ in item.indices if isinstance(item, VideoFile) else item:
+                    next(grids)
+                replacements.append(_Replacement("video", f"<vid>{'<t>'.join([tokens] * len(item))}</vid>"))
+            else:
+                rows, columns = next(grids)
+                replacements.append(_Replacement("image", "\n".join([tokens, *[tokens * columns] * rows])))
+        return image_inputs, replacements
+
+    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), audio_replacements=()):
+        kinds: dict[str, list[str]] = {"image": [], "video": []}
+        for replacement in images_replacements:
+            kinds[replacement.kind].append(str(replacement))
+        return super().get_text_with_replacements(text, kinds["image"], kinds["video"])
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["image_grids"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, "pixel_values"]
+
+    def get_num_multimodal_tokens(self, image_sizes=None, video_frames=None, **kwargs) -> MultiModalData:
+        """
+        How many `<image>` tokens pictures and videos will take, without processing them.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): `(height, width)` of each picture.
+            video_frames (`list[int]`, *optional*): number of sampled frames of each video.
+            kwargs: `patch_strategy`, `image_grid_pinpoints` and `image_seq_length`, as for a call.
+
+        Returns:
+            `MultiModalData`: `num_image_tokens` and `num_image_patches` (tiles) for each picture, `num_video_tokens`.
+        """
+        kwargs = {**kwargs.pop("images_kwargs", {}), **kwargs}
+        processor = self.image_processor
+        per_tile = kwargs.get("image_seq_length") or processor.image_seq_length
+        data: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            tiles = [1] * len(image_sizes)
+            if (kwargs.get("patch_strategy") or processor.patch_strategy) == "best_fit":
+                pinpoints = kwargs.get("image_grid_pinpoints") or processor.image_grid_pinpoints
+                crop_size = kwargs.get("crop_size") or processor.crop_size
+                grids = [processor.best_grid(*size, crop_size["height"], pinpoints) for size in image_sizes]
+                tiles = [1 + rows * columns for rows, columns in grids]
+            data = {"num_image_tokens": [n * per_tile for n in tiles], "num_image_patches": tiles}
+        if video_frames is not None:
+            data["num_video_tokens"] = [n * per_tile for n in video_frames]
+        return MultiModalData(**data)
+
+    # Transformers and vLLM call it by this name.
+    _get_num_multimodal_tokens = get_num_multimodal_tokens
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """
+        As [`~ProcessorMixin.apply_chat_template`]. Messages have the roles `user` and `assistant`; their content is a
+        string or a list of blocks of type `text`, `image` and `video`, in any order and number.
+
+        Raises:
+            ValueError: for an empty conversation, an unknown role or block, and for `<image>` or `<video>` written in
+                a text, which would be taken for a picture.
+        """
+        conversation = self._checked(conversation)
+        if "return_tensors" in kwargs and kwargs["return_tensors"] is None:
+            kwargs.pop("return_tensors")
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    def _checked(self, conversation):
+        """A copy of one conversation or a batch of them, in which everything is known."""
+        conversation = getattr(conversation, "messages", conversation)
+        if not isinstance(conversation, (list, tuple)) or len(conversation) == 0:
+            raise ValueError(f"A conversation must be a list of at least 1 message, but it is {conversation!r}.")
+        if not isinstance(conversation[0], dict):
+            return [self._checked(one) for one in conversation]
+        messages = []
+        for index, message in enumerate(conversation):
+            name = f"Message {index}"
+            role = message.get("role")
+            if role not in ROLES:
+                raise ValueError(f"{name} has the role {role!r}, but it must be one of {list(ROLES)}.")
+            content = message.get("content")
+            if isinstance(content, str):
+                self._check_text(content, name)
+            elif isinstance(content, (list, tuple)):
+                content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in enumerate(content)]
+            else:
+                raise ValueError(f"{name} must have a string or a list of blocks as content, but it is {content!r}.")
+            messages.append({**message, "content": content})
+        return messages
+
+    def _checked_block(self, block: Any, role: str, name: str) -> dict:
+        if not isinstance(block, dict) or "type" not in block:
+            raise ValueError(f"{name} must be a dict with a `type`, but it is {block!r}.")
+        kind = "image" if block["type"] == "image_url" else block["type"]
+        if kind == "text":
+            if not isinstance(block.get("text"), str):
+                raise ValueError(f"{name} has type `text`, so it must have a string under `text`, but it is {block!r}.")
+            self._check_text(block["text"], name)
+        elif kind not in ("image", "video"):
+            raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")
+        elif role == "assistant":
+            raise ValueError(f"{name} has type `{kind}`, but only the user can show something.")
+        return copy.copy(block) if block["type"] != "image_url" else {"type": "image", "url": _image_url(block)}
+
+    def _check_text(self, text: str, name: str) -> None:
+        for token in (self.image_token, self.video_token):
+            if token in text:
+                raise ValueError(
+                    f"{name} has `{token}` in its text, which stands for a picture or video. Give those as blocks of"
+                    f" their own, {{'type': '{token[1:-1]}', ...}}, or write the word in another way."
+                )
+
+
+def _tower_settings(tower: str | None) -> dict:
+    """How the tower's own folder says that pictures are prepared for it; nothing where it is elsewhere."""
+    file = os.path.join(tower or "", IMAGE_PROCESSOR_NAME)
+    if tower is None or not os.path.isfile(file):
+        return {}
+    with open(file, encoding="utf-8") as stream:
+        stored = json.load(stream)
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+    return {name: stored[name] for name in names if name in stored}
+
+
+def _before_replacement(offsets, replacements: list[dict]) -> list[tuple[int, int]]:
+    """Character spans in the expanded text as spans in the original; what replaced a placeholder is all of it."""
+
+    def original(position: int, is_end: bool) -> int:
+        shift = 0
+        for replacement in replacements:
+            (start, end), (new_start, new_end) = replacement["span"], replacement["new_span"]
+            if position <= new_start:
+                break
+            if position < new_end:
+                return end if is_end else start
+            shift = new_end - end
+        return position - shift
+
+    return [(original(int(start), False), original(int(end), True)) for start, end in offsets]
+
+
+class _Replacement(str):
+    """The text that a placeholder becomes, and whose placeholder it is."""
+
+    kind: str
+
+    def __new__(cls, kind: str, text: str):
+        replacement = super().__new__(cls, text)
+        replacement.kind = kind
+        return replacement
+
+
+def _image_url(block: dict) -> Any:
+    url = block.get("image_url")
+    return url.get("url", "") if isinstance(url, dict) else url
+
+
+def _is_array(item: Any, ndim: int) -> bool:
+    return isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == ndim
+
+
+def _flatten_pictures(images) -> list:
+    if isinstance(images, (list, tuple)):
+        return [picture for item in images for picture in _flatten_pictures(item)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
+        return [picture for item in images for picture in _flatten_pictures(item)]
+    return [images]
+
+
+def _flatten_videos(videos) -> list:
+    """Videos in any nesting: a list of frames is one video, and text is always a file."""
+    if isinstance(videos, (list, tuple)) and not isinstance(videos, Frames):
+        is_frame = [isinstance(item, Image.Image) or _is_array(item, 3) or _is_array(item, 2) for item in videos]
+        if videos and all(is_frame):
+            return [Frames(videos)]
+        return [video for item in videos for video in _flatten_videos(item)]
+    if _is_array(videos, 5):
+        return list(videos)
+    if isinstance(videos, (str, os.PathLike, bytes, bytearray, VideoFile, Frames)) or _is_array(videos, 4):
+        return [videos]
+    raise ValueError(
+        f"A video must be a path, a URL, bytes, a list of frames or an array (frames, height, width, channels), but it"
+        f" is a {type(videos).__name__}."
+    )
+
+
+__all__ = ["CHAT_TEMPLATE", "LongLLaVAProcessor"]
