@@ -345,6 +345,11 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(LongLLaVATopKRouter, index=0),
     }
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for the experts in the source of this file; they have one of their own.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
