@@ -21,7 +21,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
-from .configuration_longllava import LongLLaVATextConfig
+from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
 
 
 logger = logging.get_logger(__name__)
@@ -110,13 +110,13 @@ def damaged_files(folder: str | os.PathLike) -> str:
     problems = []
     for file in sorted(glob(os.path.join(str(folder), "*.safetensors")) + glob(os.path.join(str(folder), "*.bin"))):
         try:
-            _read_lazily([file])
+            read_lazily([file])
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what is asked for
             problems.append(f"`{file}` ({error})")
     return ", ".join(problems)
 
 
-def _read_lazily(checkpoint_files: Iterable[str]) -> dict:
+def read_lazily(checkpoint_files: Iterable[str]) -> dict:
     """All tensors of a checkpoint by name; those of safetensors files are read when they are used."""
     tensors: dict = {}
     for file in checkpoint_files:
@@ -128,32 +128,32 @@ def _read_lazily(checkpoint_files: Iterable[str]) -> dict:
     return tensors
 
 
-def _load_vision_tower(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None) -> dict[str, torch.Tensor]:
     """
-    The tower's weights, under native names, from the folder or Hub id of a checkpoint that has none of its own.
+    The tower's weights, under native names, for a checkpoint that has none of its own.
+
+    Args:
+        config ([`LongLLaVAConfig`]): its `vision_tower` says where they are.
+        folder (`str`, *optional*): the checkpoint's own, which that may be relative to.
 
     Raises:
         ValueError: if that tower lacks a weight, or one has another shape.
         OSError: if there is no such tower.
     """
-    source = model.config.vision_tower
-    if source is None:
-        raise ValueError("The checkpoint has no vision tower, and its configuration names none in `vision_tower`.")
-    logger.info(f"The checkpoint has no vision tower of its own; taking it from `{source}`.")
-    tower = getattr(model, "model", model).vision_tower
-    tower, info = type(tower).from_pretrained(source, config=model.config.vision_config, output_loading_info=True)
+    source = locate_vision_tower(config.vision_tower, folder)
+    logger.warning(f"The checkpoint `{folder}` has no vision tower of its own; taking it from `{source}`.")
+    tower, info = AutoModel.from_pretrained(source, config=config.vision_config, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"The vision tower `{source}` lacks {len(info['missing_keys'])} weights: {sorted(info['missing_keys'])}")
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"The vision tower `{source}` lacks {len(missing)} weights: {', '.join(missing)}")
     return {f"model.{_VISION_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
 
 
-def _absent_experts(name: str, present: set[str], num_experts: int) -> list[str]:
-    """The names on disk that a stacked expert weight is made of and that are not there."""
-    prefix, _, weight = name.rpartition(".experts.")
+def expert_names(stacked: str, num_experts: int) -> list[str]:
+    """The names on disk of what is stacked in memory as `...experts.gate_up_proj` or `...experts.down_proj`."""
+    prefix, _, weight = stacked.rpartition(".experts.")
     parts = ["gate_proj", "up_proj"] if weight == "gate_up_proj" else ["down_proj"]
-    wanted = [f"{prefix}.experts.{e}.{part}.weight" for e in range(num_experts) for part in parts]
-    # A base model is saved without `model.` in front.
-    return [w for w in wanted if not {w, f"model.{w}", w.removeprefix("model.")} & present]
+    return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
 
 
 def _raise_on_problems(model: PreTrainedModel, loading_info, present: set[str], source, ignore_mismatched: bool) -> None:
@@ -166,7 +166,9 @@ def _raise_on_problems(model: PreTrainedModel, loading_info, present: set[str], 
     mismatched = {item[0]: item[1:] for item in loading_info.mismatched_keys}
     failed = dict(loading_info.conversion_errors)
     for name in [n for n in (*missing, *mismatched, *failed) if ".experts." in n]:
-        absent = _absent_experts(name, present, model.config.get_text_config().num_experts)
+        wanted = expert_names(name, model.config.get_text_config().num_experts)
+        # A base model is saved without `model.` in front.
+        absent = [w for w in wanted if not {w, f"model.{w}", w.removeprefix("model.")} & present]
         if absent:
             missing = missing - {name} | set(absent)
             mismatched.pop(name, None)
@@ -199,11 +201,12 @@ def load_published_checkpoint(load: Callable, model: PreTrainedModel, state_dict
         ValueError: listing every weight that is missing, of another shape, or not convertible.
     """
     names = published_names(model.config)
-    tensors = state_dict if state_dict is not None else _read_lazily(checkpoint_files)
+    tensors = state_dict if state_dict is not None else read_lazily(checkpoint_files)
     present = {to_native_name(name, names) for name in tensors}
     is_composite = model.config.get_text_config() is not model.config
     if is_composite and not any(_VISION_TOWER in name for name in present):
-        state_dict = {**tensors, **_load_vision_tower(model)}
+        tower = load_vision_tower(model.config, load_config.pretrained_model_name_or_path)
+        state_dict = {**tensors, **tower}
 
     conversions = load_config.weight_mapping or []
     renamings = [WeightRenaming(pattern, replacement) for pattern, replacement in names]
@@ -216,4 +219,14 @@ def load_published_checkpoint(load: Callable, model: PreTrainedModel, state_dict
     return loading_info, offload_index
 
 
-__all__ = ["damaged_files", "load_published_checkpoint", "published_names", "register_expert_conversion", "to_native_name", "to_published_name"]
+__all__ = [
+    "damaged_files",
+    "expert_names",
+    "load_published_checkpoint",
+    "load_vision_tower",
+    "published_names",
+    "read_lazily",
+    "register_expert_conversion",
+    "to_native_name",
+    "to_published_name",
+]

@@ -332,6 +332,8 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     projector_type = translate("mm_projector_type", "mlp2x_gelu", {"mlp2x_gelu": "mlp2x_gelu", "linear": "linear"})
     translate("mm_patch_merge_type", "flat", {"flat": "flat"})
     tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
+    # A folder is remembered as the checkpoint calls it; once the weights are in one place it is not looked up again.
+    remembered = flat["mm_vision_tower"] if os.path.isdir(tower) else tower
 
     text_config = {
         key: value
@@ -345,7 +347,7 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
         "architectures": ["LongLLaVAForConditionalGeneration"],
         "text_config": text_config,
         "vision_config": _read_vision_config(tower),
-        "vision_tower": tower,
+        "vision_tower": remembered,
         "vision_feature_layer": flat.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": strategy,
         "pooling_mode": pooling_mode,
@@ -359,9 +361,13 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     return native
 
 
-def native_to_published(config: LongLLaVAConfig) -> dict[str, Any]:
+def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str, Any]:
     """
     The inverse of [`published_to_native`]: the content of a `config.json` in the authors' layout.
+
+    Args:
+        config ([`LongLLaVAConfig`]).
+        vision_tower (`str`): what to write as `mm_vision_tower`.
 
     Raises:
         ValueError: where the decoder is not LongLLaVA's own, which that layout cannot say.
@@ -380,7 +386,7 @@ def native_to_published(config: LongLLaVAConfig) -> dict[str, Any]:
         {
             "model_type": LlavaJambaConfig.model_type,
             "architectures": ["LlavaJambaForCausalLM"],
-            "mm_vision_tower": config.vision_tower or DEFAULT_VISION_TOWER,
+            "mm_vision_tower": vision_tower,
             "mm_hidden_size": config.vision_config.hidden_size,
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": _STRATEGY_TO_SELECT_FEATURE[config.vision_feature_select_strategy],

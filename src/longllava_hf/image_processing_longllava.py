@@ -20,6 +20,7 @@ from transformers.image_processing_utils import BatchFeature, select_best_resolu
 from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
 
 
 # Pictures with more pixels are refused: decoding one would take gigabytes. The limit is Pillow's own.
@@ -378,7 +379,8 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
 
         workers = max(1, min(8, os.cpu_count() or 1))
         pixel_values, grids = [], []
-        for tiles, grid in ordered_map(process, enumerate(_flatten(images)), workers):
+        done = ordered_map(process, enumerate(_flatten(images)), workers)
+        for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
             pixel_values.extend(tiles)
             grids.append(grid)
         if not pixel_values:

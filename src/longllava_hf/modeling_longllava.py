@@ -17,10 +17,14 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_longllava import LongLLaVAConfig
 from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
+
+
+# The tower's activations are large, and many images at once are no faster than these.
+_IMAGES_AT_A_TIME = 64
 
 
 @dataclass
@@ -133,6 +137,13 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
+        if len(pixel_values) > _IMAGES_AT_A_TIME:
+            batches = logging.tqdm(pixel_values.split(_IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False)
+            parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
+            return BaseModelOutputWithPooling(
+                last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
+                pooler_output=[feature for part in parts for feature in part.pooler_output],
+            )
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
         kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -243,6 +254,14 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             router_logits=getattr(outputs, "router_logits", None),
             image_hidden_states=image_features,
         )
+
+
+def _reorder_last(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`tensor` of shape `(batch, length, ...)` with its last positions in the order `(batch, positions)`."""
+    tensor = tensor.expand(order.shape[0], *tensor.shape[1:])
+    index = order.view(*order.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+    positions = order.shape[1]
+    return torch.cat([tensor[:, :-positions], tensor[:, -positions:].gather(1, index)], dim=1)
 
 
 class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixin):
@@ -381,10 +400,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
 
         features = self._encode_images(model_kwargs)
         features = None if features is None else torch.cat(features)
-        model_kwargs = dict(model_kwargs)
-        inputs_embeds = model_kwargs.pop("inputs_embeds", None)
-        attention_mask = model_kwargs.pop("attention_mask", None)
-        position_ids = model_kwargs.pop("position_ids", None)
+        inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         length, past_length = sequence.shape[1], cache.get_seq_length()
         if attention_mask is not None:
@@ -393,6 +409,20 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             total = getattr(generation_config, "_mask_length", past_length + length)
         # Inputs as long as the mask repeat what is cached; shorter ones are only what is new.
         start = past_length if total == length or inputs_embeds is not None else 0
+        if length <= start:
+            raise ValueError(f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them.")
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            # What is generated follows the last position, so among the new positions padding goes before tokens.
+            order = torch.argsort(attention_mask[:, start - length :].bool(), dim=-1, stable=True)
+            if inputs_embeds is None:
+                input_ids = _reorder_last(input_ids, order)
+            for name in ("inputs_embeds", "attention_mask", "position_ids"):
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = _reorder_last(model_kwargs[name], order)
+        model_kwargs = dict(model_kwargs)
+        inputs_embeds = model_kwargs.pop("inputs_embeds", None)
+        attention_mask = model_kwargs.pop("attention_mask", None)
+        position_ids = model_kwargs.pop("position_ids", None)
 
         if inputs_embeds is None and features is not None:
             is_image = input_ids == self.config.image_token_id
@@ -401,6 +431,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
 
         step = generation_config.prefill_chunk_size or length
+        progress = logging.tqdm(total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length)
         for begin in range(start, length, step):
             end = min(begin + step, length)
             seen = past_length + end - start
@@ -421,6 +452,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                     image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])
                     model_inputs["mm_encoder_outputs"] = {"image": image_outputs}
             outputs = self(**model_inputs, return_dict=True)
+            progress.update(end - begin)
+        progress.close()
         return outputs
 
 

@@ -24,6 +24,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
+from .configuration_longllava import locate_vision_tower
 from .image_processing_longllava import Frames, LongLLaVAImageProcessor, VideoFile
 
 
@@ -146,7 +147,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             settings = {
                 "size": {"shortest_edge": side},
                 "crop_size": {"height": side, "width": side},
-                **_tower_settings(config.vision_tower),
+                **_tower_settings(locate_vision_tower(config.vision_tower, folder)),
                 **(settings or {}),
                 "patch_strategy": config.patch_strategy,
                 "image_grid_pinpoints": config.image_grid_pinpoints,
@@ -345,10 +346,10 @@ class LongLLaVAProcessor(ProcessorMixin):
                 )
 
 
-def _tower_settings(tower: str | None) -> dict:
+def _tower_settings(tower: str) -> dict:
     """How the tower's own folder says that pictures are prepared for it; nothing where it is elsewhere."""
-    file = os.path.join(tower or "", IMAGE_PROCESSOR_NAME)
-    if tower is None or not os.path.isfile(file):
+    file = os.path.join(tower, IMAGE_PROCESSOR_NAME)
+    if not os.path.isfile(file):
         return {}
     with open(file, encoding="utf-8") as stream:
         stored = json.load(stream)
