@@ -146,7 +146,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    questions = [q.format(ordinal=o, number=n) for q in SINGLE + SERIES + LIST + FILM for n, o in enumerate(ORDINALS, 1)]
+    questions = [
+        q.format(ordinal=o, number=n) for q in SINGLE + SERIES + LIST + FILM for n, o in enumerate(ORDINALS, 1)
+    ]
     corpus = [f"<|User|>\n<vid><img></img><t><img></img></vid>\n{q}\n<|Assistant|>\n7 3" for q in questions]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
@@ -266,7 +268,11 @@ class Lessons(torch.utils.data.Dataset):
         # Neighbouring frames, as in a real film, or a mixture that no film has.
         bank = self.pictures.frame_pixels
         start = rng.randrange(max(1, len(bank) - 4 * count))
-        picks = range(start, start + 4 * count, 4) if rng.random() < 0.6 else [rng.randrange(len(bank)) for _ in range(count)]
+        picks = (
+            range(start, start + 4 * count, 4)
+            if rng.random() < 0.6
+            else [rng.randrange(len(bank)) for _ in range(count)]
+        )
         frames = [bank[min(i, len(bank) - 1)] for i in picks]
         needle, digit = self.digit(rng)
         frames[rng.randrange(count)] = needle
@@ -278,7 +284,11 @@ class Lessons(torch.utils.data.Dataset):
         for index, (_, text, answer) in enumerate(samples):
             # One in eight without the turns of a chat, as a plain prompt is.
             chat = index % 8 != 7
-            prompt = f"<|startoftext|><|User|>\n{text}\n<|startoftext|><|Assistant|>\n" if chat else f"<|startoftext|>{text}\n"
+            prompt = (
+                f"<|startoftext|><|User|>\n{text}\n<|startoftext|><|Assistant|>\n"
+                if chat
+                else f"<|startoftext|>{text}\n"
+            )
             prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             answer_ids = tokenizer(f"{answer}<|endoftext|>", add_special_tokens=False)["input_ids"]
             rows.append((prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids))
@@ -331,7 +341,9 @@ def training_arguments(output: str, **kwargs) -> TrainingArguments:
 
 def train_tower(tower: CLIPVisionModel, pictures: Pictures, output: str, steps: int, seed: int) -> None:
     """Teach the tower to see, with a classifier on the layer that LongLLaVA reads: the last but one."""
-    config = CLIPConfig(vision_config={**tower.config.to_dict(), "num_hidden_layers": tower.config.num_hidden_layers - 1})
+    config = CLIPConfig(
+        vision_config={**tower.config.to_dict(), "num_hidden_layers": tower.config.num_hidden_layers - 1}
+    )
     config.num_labels = 11
     classifier = CLIPForImageClassification(config)
     Trainer(
@@ -415,7 +427,9 @@ def evaluate(checkpoint: str, films: int = 200, series: int = 300) -> dict[str, 
     for _ in range(series):
         picks, place = rng.sample(range(len(pictures)), 8), rng.randrange(8)
         question = rng.choice(SERIES).format(ordinal=ORDINALS[place], number=place + 1)
-        ordered.append(([{"type": "image", "image": pictures[i]} for i in picks] + [text(question)], digits[picks[place]]))
+        ordered.append(
+            ([{"type": "image", "image": pictures[i]} for i in picks] + [text(question)], digits[picks[place]])
+        )
     frames = footage(TEST_FOOTAGE)
     frames = [frame.resize((320, 320 * frame.height // frame.width)) for frame in frames]
     hidden = []

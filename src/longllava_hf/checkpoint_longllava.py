@@ -111,7 +111,7 @@ def damaged_files(folder: str | os.PathLike) -> str:
     for file in sorted(glob(os.path.join(str(folder), "*.safetensors")) + glob(os.path.join(str(folder), "*.bin"))):
         try:
             read_lazily([file])
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what is asked for
+        except Exception as error:
             problems.append(f"`{file}` ({error})")
     return ", ".join(problems)
 
@@ -156,7 +156,9 @@ def expert_names(stacked: str, num_experts: int) -> list[str]:
     return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
 
 
-def _raise_on_problems(model: PreTrainedModel, loading_info, present: set[str], source, ignore_mismatched: bool) -> None:
+def _raise_on_problems(
+    model: PreTrainedModel, loading_info, present: set[str], source, ignore_mismatched: bool
+) -> None:
     """Fail, with every name, where Transformers would go on with random weights."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
@@ -186,10 +188,16 @@ def _raise_on_problems(model: PreTrainedModel, loading_info, present: set[str], 
         reasons = [f"{name} ({error.strip().splitlines()[-2]})" for name, error in sorted(failed.items())]
         problems.append(f"{len(failed)} that cannot be put together: {'; '.join(reasons)}")
     if problems:
-        raise ValueError(f"The weights of `{source}` do not fit {type(model).__name__}. Weights " + ". Weights ".join(problems) + ".")
+        raise ValueError(
+            f"The weights of `{source}` do not fit {type(model).__name__}. Weights "
+            + ". Weights ".join(problems)
+            + "."
+        )
 
 
-def load_published_checkpoint(load: Callable, model: PreTrainedModel, state_dict, checkpoint_files, load_config, **kwargs):
+def load_published_checkpoint(
+    load: Callable, model: PreTrainedModel, state_dict, checkpoint_files, load_config, **kwargs
+):
     """
     What [`PreTrainedModel._load_pretrained_model`] does, and besides: published names are understood, a missing vision
     tower is fetched from where the configuration says, and weights that are missing or of another shape are an error.

@@ -124,6 +124,13 @@ class LongLLaVATextConfig(PreTrainedConfig):
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`~PreTrainedConfig.from_dict`]; a Jamba configuration becomes one of this type."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -247,7 +254,9 @@ class LongLLaVAConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of the validation that `@strict` runs on every new configuration."""
         if self.pooling_mode == "2d" and self.vision_feature_select_strategy == "full":
-            raise ValueError('`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: a class token has no place on the patch map.')
+            raise ValueError(
+                '`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: a class token has no place on the patch map.'
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -323,7 +332,9 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     def translate(key: str, default, allowed: dict):
         value = flat.get(key, default)
         if value not in allowed:
-            raise ValueError(f"`{key}` must be one of {list(allowed)}, but the checkpoint's config.json has {value!r}.")
+            raise ValueError(
+                f"`{key}` must be one of {list(allowed)}, but the checkpoint's config.json has {value!r}."
+            )
         return allowed[value]
 
     # Set by hand upstream and often missing: missing means 2d, an explicit null means none.
@@ -378,7 +389,9 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
             f" `{config.text_config.model_type}`."
         )
     if config.pooling_order != "before_projector":
-        raise ValueError('The published layout always pools before the projector, but this model has `pooling_order="after_projector"`.')
+        raise ValueError(
+            'The published layout always pools before the projector, but this model has `pooling_order="after_projector"`.'
+        )
     flat = config.text_config.to_dict()
     for key in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         flat.pop(key, None)

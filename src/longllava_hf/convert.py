@@ -46,11 +46,15 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             absent = [shard for shard in names if not (folder / shard).is_file()]
             if absent:
-                raise OSError(f"`{index}` names {len(names)} files, of which {len(absent)} are missing: {', '.join(absent)}")
+                raise OSError(
+                    f"`{index}` names {len(names)} files, of which {len(absent)} are missing: {', '.join(absent)}"
+                )
             return [folder / shard for shard in names]
         if (folder / name).is_file():
             return [folder / name]
-    raise OSError(f"`{folder}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either.")
+    raise OSError(
+        f"`{folder}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either."
+    )
 
 
 def expected_shapes(config: LongLLaVAConfig) -> dict[str, tuple[int, ...]]:
@@ -58,13 +62,13 @@ def expected_shapes(config: LongLLaVAConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = LongLLaVAForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
         if ".experts." in name:
             rows = tensor.shape[1] // 2 if name.endswith("gate_up_proj") else tensor.shape[1]
-            shapes.update({n: (rows, tensor.shape[2]) for n in expert_names(name, tensor.shape[0])})
+            shapes.update(dict.fromkeys(expert_names(name, tensor.shape[0]), (rows, tensor.shape[2])))
         else:
             shapes[name] = tuple(tensor.shape)
     return shapes
@@ -139,7 +143,9 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
     if (partial / _PROGRESS_FILE).is_file():
         earlier = json.loads((partial / _PROGRESS_FILE).read_text(encoding="utf-8"))
         if earlier != job:
-            raise ValueError(f"`{partial}` is left from another conversion, {earlier}, and this one is {job}. Remove it first.")
+            raise ValueError(
+                f"`{partial}` is left from another conversion, {earlier}, and this one is {job}. Remove it first."
+            )
     _write_json(partial / _PROGRESS_FILE, job)
 
     def rename(name: str) -> str:
@@ -152,11 +158,12 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
     for number, file in enumerate(logging.tqdm(shards, desc="Converting", unit=" shards"), 1):
         shard = "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
         tensors = load_vision_tower(config, folder) if file is None else read_lazily([str(file)])
-        for name, tensor in tensors.items():
-            weight_map[rename(name)] = shard
+        weight_map.update({rename(name): shard for name in tensors})
         if not (partial / shard).is_file():
             # Slices of a safetensors file are mapped, not read, until they are written.
-            contents = {rename(n): (t if isinstance(t, torch.Tensor) else t[...]).contiguous() for n, t in tensors.items()}
+            contents = {
+                rename(n): (t if isinstance(t, torch.Tensor) else t[...]).contiguous() for n, t in tensors.items()
+            }
             save_file(contents, partial / f"{shard}.tmp", metadata={"format": "pt"})
             os.replace(partial / f"{shard}.tmp", partial / shard)
             del contents

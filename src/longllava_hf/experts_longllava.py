@@ -58,7 +58,9 @@ class LongLLaVAExperts(nn.Module):
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.intermediate_size, config.hidden_size))
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(config.num_experts, 2 * config.intermediate_size, config.hidden_size)
+        )
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
 

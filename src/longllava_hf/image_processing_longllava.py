@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature, select_best_resolution
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
@@ -197,7 +197,9 @@ class VideoFile:
         if not times:
             raise ValueError(f"{self.name} has no frames.")
         if len(times) < declared:
-            raise ValueError(f"{self.name} is truncated: it should have {declared} frames, and {len(times)} are there.")
+            raise ValueError(
+                f"{self.name} is truncated: it should have {declared} frames, and {len(times)} are there."
+            )
         self._times, self._keys = sorted(times), sorted(keys)
 
     @property
@@ -318,10 +320,14 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             picture = picture[None]
         if isinstance(picture, np.ndarray):
             data_format = kwargs.get("input_data_format")
-            channels_last = data_format == ChannelDimension.LAST or (data_format is None and picture.shape[-1] in (1, 3, 4))
+            channels_last = data_format == ChannelDimension.LAST or (
+                data_format is None and picture.shape[-1] in (1, 3, 4)
+            )
             picture = np.moveaxis(picture, -1, 0) if channels_last else picture
             if picture.shape[0] not in (1, 3, 4):
-                raise ValueError(f"{name or 'The picture'} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
+                raise ValueError(
+                    f"{name or 'The picture'} must have 1, 3 or 4 channels, but its shape is {picture.shape}."
+                )
             if picture.shape[0] != 3 and kwargs.get("do_convert_rgb"):
                 picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
             return np.ascontiguousarray(picture)
@@ -344,7 +350,9 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         top, left = (rows * tile - fitted_height) // 2, (columns * tile - fitted_width) // 2
         canvas[:, top : top + fitted_height, left : left + fitted_width] = fitted
         return [
-            canvas[:, r * tile : (r + 1) * tile, c * tile : (c + 1) * tile] for r in range(rows) for c in range(columns)
+            canvas[:, r * tile : (r + 1) * tile, c * tile : (c + 1) * tile]
+            for r in range(rows)
+            for c in range(columns)
         ]
 
     def _preprocess_image_like_inputs(
@@ -368,7 +376,9 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         def process(item) -> tuple[list[np.ndarray], tuple[int, int]]:
             index, (source, whole_only) = item
             name = f"Image {index} ({describe_source(source)})"
-            image = self.process_image(source, name, input_data_format=input_data_format, do_convert_rgb=do_convert_rgb)
+            image = self.process_image(
+                source, name, input_data_format=input_data_format, do_convert_rgb=do_convert_rgb
+            )
             tiles, grid = [image], (0, 0)
             if patch_strategy == "best_fit" and not whole_only:
                 side = crop_size.height
@@ -399,10 +409,7 @@ def _flatten(images) -> Iterator[tuple[Any, bool]]:
         yield from ((frame, True) for frame in images)
     elif isinstance(images, Frames):
         yield from ((frame, True) for frame, _ in _flatten(list(images)))
-    elif isinstance(images, (list, tuple)):
-        for image in images:
-            yield from _flatten(image)
-    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
+    elif isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3):
         for image in images:
             yield from _flatten(image)
     else:

@@ -109,6 +109,14 @@ class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     _can_record_outputs: dict[str, Any] = {}
 
 
+def _check_image_tokens(mask: torch.Tensor, image_features: torch.Tensor) -> None:
+    num_tokens, num_features = int(mask.sum()), image_features.shape[0]
+    if num_tokens != num_features:
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
+        )
+
+
 class LongLLaVAModel(LongLLaVAPreTrainedModel):
     """Tower, projector and decoder, without a language-modelling head."""
 
@@ -138,7 +146,9 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
         if len(pixel_values) > _IMAGES_AT_A_TIME:
-            batches = logging.tqdm(pixel_values.split(_IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False)
+            batches = logging.tqdm(
+                pixel_values.split(_IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False
+            )
             parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
             return BaseModelOutputWithPooling(
                 last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
@@ -181,11 +191,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        num_tokens, num_features = int(mask.sum()), image_features.shape[0]
-        if num_tokens != num_features:
-            raise ValueError(
-                f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
-            )
+        _check_image_tokens(mask, image_features)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -363,6 +369,12 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def generate(self, *args, **kwargs):
+        """As [`~GenerationMixin.generate`]; `pixel_values=None` means that there are no pictures."""
+        images = ("pixel_values", "mm_encoder_outputs")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
+        return super().generate(*args, **kwargs)
+
     def _encode_images(self, model_kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
         """Take the pictures out of `generate`'s arguments, as pixels or already encoded: one tensor for each image."""
         image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -378,9 +390,11 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if expand_size > 1 and input_ids is not None and input_ids.shape[1] > 0:
             features = self._encode_images(model_kwargs)
         if features is not None:
-            per_row = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
-            rows = torch.arange(len(features)).split(per_row.tolist()) if int(per_row.sum()) == len(features) else []
-            features = [features[i] for row in rows for i in row.repeat(expand_size).tolist()] or features
+            is_image = input_ids == self.config.image_token_id
+            _check_image_tokens(is_image, torch.cat(features))
+            per_row = is_image.sum(-1) // self.config.image_seq_length
+            rows = torch.arange(len(features)).split(per_row.tolist())
+            features = [features[i] for row in rows for i in row.repeat(expand_size).tolist()]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -410,7 +424,9 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         # Inputs as long as the mask repeat what is cached; shorter ones are only what is new.
         start = past_length if total == length or inputs_embeds is not None else 0
         if length <= start:
-            raise ValueError(f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them.")
+            raise ValueError(
+                f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."
+            )
         if attention_mask is not None and not attention_mask[:, -1].all():
             # What is generated follows the last position, so among the new positions padding goes before tokens.
             order = torch.argsort(attention_mask[:, start - length :].bool(), dim=-1, stable=True)
@@ -426,12 +442,15 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
 
         if inputs_embeds is None and features is not None:
             is_image = input_ids == self.config.image_token_id
-            if int(is_image.sum()) != features.shape[0]:  # pictures of the new part alone, or an error that forward raises
+            if int(is_image.sum()) != features.shape[0]:  # then they must be those of the new part alone
                 is_image[:, :start] = False
+            _check_image_tokens(is_image, features)
             row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
 
         step = generation_config.prefill_chunk_size or length
-        progress = logging.tqdm(total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length)
+        progress = logging.tqdm(
+            total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length
+        )
         for begin in range(start, length, step):
             end = min(begin + step, length)
             seen = past_length + end - start

@@ -206,9 +206,7 @@ class LongLLaVAMambaMixer(nn.Module):
         self.b_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
         self.c_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
 
-    def _past_states(
-        self, past_key_values: Cache | None, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _past_states(self, past_key_values: Cache | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; empty where nothing is cached."""
         layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if layer is None or not layer.has_previous_state[0]:
@@ -381,7 +379,9 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except (SafetensorError, UnpicklingError, EOFError) as error:
             damaged = damaged_files(pretrained_model_name_or_path)
-            raise OSError(f"The weights of `{pretrained_model_name_or_path}` are damaged: {damaged or error}") from error
+            raise OSError(
+                f"The weights of `{pretrained_model_name_or_path}` are damaged: {damaged or error}"
+            ) from error
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
@@ -395,7 +395,10 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layer_classes = {"full_attention": LongLLaVAAttentionDecoderLayer, "linear_attention": LongLLaVAMambaDecoderLayer}
+        layer_classes = {
+            "full_attention": LongLLaVAAttentionDecoderLayer,
+            "linear_attention": LongLLaVAMambaDecoderLayer,
+        }
         self.layers = nn.ModuleList(layer_classes[kind](config, i) for i, kind in enumerate(config.layer_types))
         self.final_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False

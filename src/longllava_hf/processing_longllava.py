@@ -140,7 +140,9 @@ class LongLLaVAProcessor(ProcessorMixin):
         settings = processor_dict.get("image_processor")
         if settings is None:
             file = cached_file(folder, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-            settings = None if file is None else LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0]
+            settings = (
+                None if file is None else LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0]
+            )
         if settings is None or "image_seq_length" not in settings:
             config = AutoConfig.from_pretrained(folder, **hub_kwargs)
             side = config.vision_config.image_size
@@ -216,7 +218,9 @@ class LongLLaVAProcessor(ProcessorMixin):
         if not frames:
             raise ValueError("A video must have at least 1 frame, but a list of 0 frames was given.")
         if fps is not None:
-            raise ValueError("`fps` needs a video file: frames that are already decoded do not say when they are shown.")
+            raise ValueError(
+                "`fps` needs a video file: frames that are already decoded do not say when they are shown."
+            )
         if num_frames is not None and num_frames < len(frames):
             frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))
         return frames
@@ -329,7 +333,9 @@ class LongLLaVAProcessor(ProcessorMixin):
         kind = "image" if block["type"] == "image_url" else block["type"]
         if kind == "text":
             if not isinstance(block.get("text"), str):
-                raise ValueError(f"{name} has type `text`, so it must have a string under `text`, but it is {block!r}.")
+                raise ValueError(
+                    f"{name} has type `text`, so it must have a string under `text`, but it is {block!r}."
+                )
             self._check_text(block["text"], name)
         elif kind not in ("image", "video"):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")

@@ -1,0 +1,222 @@
+"""The decoder against Transformers' Jamba with the same weights, and against itself in pieces."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM
+
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVATextConfig
+
+from .conftest import small_config
+
+
+def small_text_config(**kwargs) -> LongLLaVATextConfig:
+    config = {**small_config().text_config.to_dict(), **kwargs}
+    return LongLLaVATextConfig(**{k: v for k, v in config.items() if k not in ("model_type", "transformers_version")})
+
+
+@pytest.fixture
+def model() -> LongLLaVAForCausalLM:
+    torch.manual_seed(0)
+    return LongLLaVAForCausalLM(small_text_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def jamba(tmp_path_factory):
+    torch.manual_seed(0)
+    config = small_text_config().to_dict()
+    names = set(JambaConfig().to_dict())
+    config = JambaConfig(**{k: v for k, v in config.items() if k in names and k not in ("model_type", "architectures")})
+    folder = tmp_path_factory.mktemp("jamba")
+    model = JambaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(6, 120, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_equals_jamba_and_loads_its_checkpoints(jamba, ids):
+    theirs, folder = jamba
+    ours = LongLLaVAForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    expected = theirs(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(ours(ids, attention_mask=mask).logits[mask.bool()], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_state_dict_has_jambas_names(jamba, model):
+    theirs, _ = jamba
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_gradients_equal_jambas(jamba, ids):
+    theirs, folder = jamba
+    ours = LongLLaVAForCausalLM.from_pretrained(folder)
+    for model in (ours, theirs):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = expected[name].grad.abs().max().clamp(min=1e-6)
+        assert ((parameter.grad - expected[name].grad).abs().max() / scale) < 1e-3, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 49])
+def test_chunks_give_the_logits_of_one_pass(model, ids, chunk):
+    cache, pieces = DynamicCache(config=model.config), []
+    for piece in ids.split(chunk, dim=1):
+        pieces.append(model(piece, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("where", ["left", "right", "both", "holes"])
+def test_padding_anywhere_leaves_no_trace(model, where, chunk):
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(6, 120, (n,), generator=generator) for n in (40, 23, 1)]
+    mask = torch.zeros(3, 44, dtype=torch.long)
+    for i, row in enumerate(rows):
+        spare = 44 - len(row)
+        if where == "holes":
+            mask[i, torch.randperm(44, generator=generator)[: len(row)]] = 1
+        else:
+            begin = {"left": spare, "right": 0, "both": spare // 2}[where]
+            mask[i, begin : begin + len(row)] = 1
+    ids = torch.zeros(3, 44, dtype=torch.long)
+    ids[mask.bool()] = torch.cat(rows)
+    cache, pieces = DynamicCache(config=model.config), []
+    for begin in range(0, 44, chunk):
+        end = min(begin + chunk, 44)
+        outputs = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        pieces.append(outputs.logits)
+    logits = torch.cat(pieces, dim=1)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i][mask[i].bool()], model(row[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_may_hold_anything(model, ids):
+    embeds = model.get_input_embeddings()(ids).clone()
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    clean = model(inputs_embeds=embeds, attention_mask=mask).logits[:, 5:]
+    embeds[:, :5] = 1e4
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits[:, 5:], clean)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(model, ids, implementation):
+    expected = model(ids).logits
+    model.set_attn_implementation(implementation)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_implementations(model, ids, implementation):
+    model.set_experts_implementation("eager")
+    expected = model(ids).logits
+    model.set_experts_implementation(implementation)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_beams_reorder_the_states(model, ids):
+    beams = model.generate(ids[:1], num_beams=3, num_return_sequences=3, max_new_tokens=8, do_sample=False)
+    scores = []
+    for beam in beams:
+        logits = model(beam[None]).logits[0].log_softmax(-1)
+        scores.append(sum(logits[i - 1, beam[i]].item() for i in range(50, len(beam))))
+    assert scores == sorted(scores, reverse=True)
+    greedy = model.generate(ids[:1], max_new_tokens=8, do_sample=False)[0]
+    logits = model(greedy[None]).logits[0].log_softmax(-1)
+    assert scores[0] >= sum(logits[i - 1, greedy[i]].item() for i in range(50, len(greedy))) - 1e-4
+
+
+def test_states_have_the_shapes_of_jambas(model, ids):
+    cache = model(ids, use_cache=True).past_key_values
+    layer = cache.layers[0]
+    assert layer.conv_states[0].shape == (2, 64, 4)
+    assert layer.recurrent_states[0].shape == (2, 64, 4)
+    assert cache.get_seq_length() == 50
+
+
+def test_gradient_checkpointing(model, ids):
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_reach_everything_through_a_cache(model, ids):
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_router_logits_and_auxiliary_loss(model, ids):
+    plain = model(ids, labels=ids)
+    outputs = model(ids, labels=ids, output_router_logits=True, output_hidden_states=True)
+    assert [tuple(r.shape) for r in outputs.router_logits] == [(100, 4)] * 4
+    assert len(outputs.hidden_states) == 9 and plain.router_logits is None and plain.aux_loss is None
+    expected = plain.loss + model.config.router_aux_loss_coef * outputs.aux_loss
+    torch.testing.assert_close(outputs.loss, expected)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    padded = model(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert torch.isfinite(padded) and padded != outputs.aux_loss
+
+
+def test_bias_of_the_step_size_is_added_in_float32(ids):
+    """In bfloat16 the step sizes are as exact as their inputs; a bias added before the scan would cost a percent."""
+    torch.manual_seed(0)
+    mixer = LongLLaVAForCausalLM(small_text_config()).model.layers[0].mamba.to(torch.bfloat16)
+    x = torch.randn(2, 5, mixer.time_step_rank, dtype=torch.bfloat16)
+    exact = torch.nn.functional.linear(x.double(), mixer.dt_proj.weight.double(), mixer.dt_proj.bias.double())
+    found = mixer.dt_proj(x).double() + mixer._deferred_bias().double()
+    rounded = torch.nn.functional.linear(x, mixer.dt_proj.weight, mixer.dt_proj.bias).double()
+    assert (found - exact).abs().mean() < 0.2 * (rounded - exact).abs().mean()
+
+
+def test_lora_on_every_projection_of_mamba_learns(model, ids):
+    peft = pytest.importorskip("peft")
+    targets = ["in_proj", "x_proj", "dt_proj", "out_proj", "q_proj", "v_proj"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    grads = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(grads) == 2 * (7 * 4 + 2)
+    assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
+    merged_logits = wrapped(input_ids=ids).logits
+    torch.testing.assert_close(wrapped.merge_and_unload()(ids).logits, merged_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_assisted_decoding_is_refused(model, ids):
+    with pytest.raises(ValueError, match="assisted"):
+        model.generate(ids[:1], assistant_model=model, max_new_tokens=2)
+
+
+def test_auto_class(model, tmp_path, ids):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LongLLaVAForCausalLM
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_exactly_one_input(model, ids):
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
