@@ -1,0 +1,298 @@
+"""Loading and converting: both families of names, and everything that can be wrong with a checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration
+from longllava_hf import convert as convert_module
+from longllava_hf.checkpoint_longllava import published_names, to_native_name, to_published_name
+from longllava_hf.convert import convert_checkpoint, expected_shapes
+
+from .conftest import KINDS, published
+
+
+load = AutoModelForImageTextToText.from_pretrained
+
+
+def edit(folder, change):
+    """Rewrite a checkpoint's weights after `change` has had its way with them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def in_shards(folder, count=3):
+    tensors = load_file(folder / "model.safetensors")
+    names, weight_map = sorted(tensors), {}
+    for i in range(count):
+        shard = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        save_file({n: tensors[n] for n in names[i::count]}, folder / shard, metadata={"format": "pt"})
+        weight_map.update({n: shard for n in names[i::count]})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_there_and_back(kind):
+    config = LongLLaVAForConditionalGeneration.config_class.from_pretrained(published(kind))
+    names = published_names(config)
+    on_disk = load_file(published(kind) / "model.safetensors")
+    native = {name: to_native_name(name, names) for name in on_disk}
+    assert {n: tuple(on_disk[p].shape) for p, n in native.items()} == expected_shapes(config)
+    assert all(to_published_name(n, config) == p for p, n in native.items())
+    assert all(to_native_name(n, names) == n for n in native.values())
+
+
+def test_shards(published_copy):
+    folder = published_copy()
+    expected = load(folder)
+    in_shards(folder)
+    assert same_weights(load(folder), expected)
+
+
+def test_save_writes_the_native_layout(tmp_path):
+    load(published("moe")).save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    model = LongLLaVAForConditionalGeneration.from_pretrained(tmp_path)
+    assert names == set(expected_shapes(model.config))
+    assert "model.language_model.layers.1.feed_forward.experts.3.up_proj.weight" in names
+
+
+def test_tower_from_where_the_configuration_says(published_copy):
+    folder = published_copy()
+    expected = load(folder)
+
+    def drop_tower(tensors):
+        for name in [n for n in tensors if "vision_tower" in n]:
+            del tensors[name]
+
+    edit(folder, drop_tower)
+    assert same_weights(load(folder), expected)
+    # The same from .bin files.
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert same_weights(load(folder), expected)
+
+
+def test_a_tower_of_another_shape_is_an_error(published_copy):
+    folder = published_copy()
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    tower = folder.parent / "clip-tiny-336"
+    weights = load_file(tower / "model.safetensors")
+    weights.pop("vision_model.encoder.layers.1.mlp.fc1.weight")
+    save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights.*layers\.1\.mlp\.fc1\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lm_head.weight", r"lm_head\.weight"),
+        ("model.layers.0.mamba.A_log", r"language_model\.layers\.0\.mamba\.A_log"),
+        ("model.layers.2.moe.experts.0.up_proj.weight", r"layers\.2\.feed_forward\.up_proj\.weight"),
+        ("model.layers.1.moe.experts.2.up_proj.weight", r"layers\.1\.feed_forward\.experts\.2\.up_proj\.weight"),
+        ("model.layers.3.moe.router.weight", r"layers\.3\.feed_forward\.router\.weight"),
+        ("model.mm_projector.2.bias", r"multi_modal_projector\.linear_2\.bias"),
+    ],
+)
+def test_a_missing_weight_is_named(published_copy, name, said):
+    folder = published_copy()
+    edit(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=rf"1 missing: \S*{said}"):
+        load(folder)
+    with pytest.raises(ValueError, match=rf"lacks 1 weights: \S*{said}"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert not (folder.parent / "converted").exists() and not (folder.parent / "converted.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mamba.A_log", "model.embed_tokens.weight", "model.layers.1.moe.experts.2.up_proj.weight"]
+)
+def test_a_misshapen_weight_is_named(published_copy, name):
+    folder = published_copy()
+    edit(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
+    native = "experts" if "experts" in name else name.removeprefix("model.").removesuffix(".weight")
+    with pytest.raises(ValueError, match=native.replace(".", r"\.")):
+        load(folder)
+    with pytest.raises(ValueError, match=r"1 weights of another shape: .*\(3, 5\) in the checkpoint but"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_unexpected_weights_are_reported(published_copy):
+    folder = published_copy()
+    edit(folder, lambda tensors: tensors.update({"model.image_newline": torch.zeros(64)}))
+    _, info = load(folder, output_loading_info=True)
+    assert {n.removeprefix("model.") for n in info["unexpected_keys"]} == {"image_newline"}
+
+
+def test_a_folder_without_weights(published_copy):
+    folder = published_copy()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load(folder)
+    with pytest.raises(OSError, match=r"has no weights.*model\.safetensors"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_damaged_file_is_named(published_copy, damage, sharded):
+    folder = published_copy()
+    if sharded:
+        in_shards(folder)
+    file = folder / ("model-00002-of-00003.safetensors" if sharded else "model.safetensors")
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"x" * 1000}[damage])
+    with pytest.raises(OSError, match=rf"damaged.*{file.name}"):
+        load(folder)
+    with pytest.raises(OSError, match=rf"damaged.*{file.name}"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_a_shard_that_is_not_there(published_copy):
+    folder = published_copy()
+    in_shards(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model-00002-of-00003\.safetensors"):
+        load(folder)
+    with pytest.raises(OSError, match=r"model-00002-of-00003\.safetensors"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_no_pickle_is_run(published_copy):
+    class Harmful:
+        def __reduce__(self):
+            return (os.system, ("true",))
+
+    folder = published_copy()
+    tensors = load_file(folder / "model.safetensors")
+    torch.save({**tensors, "evil": Harmful()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="damaged"):
+        load(folder)
+    with pytest.raises(OSError, match="damaged"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_converting_there_and_back_changes_no_value(published_copy, kind):
+    folder = published_copy(kind)
+    in_shards(folder)
+    native = convert_checkpoint(str(folder), str(folder.parent / "native"))
+    back = convert_checkpoint(str(native), str(folder.parent / "back"), to="published")
+    original = {}
+    for file in folder.glob("*.safetensors"):
+        original.update(load_file(file))
+    returned = {}
+    for file in back.glob("*.safetensors"):
+        returned.update(load_file(file))
+    assert original.keys() == returned.keys()
+    assert all(torch.equal(original[name], returned[name]) for name in original)
+    assert len(list(native.glob("*.safetensors"))) == 3
+    assert same_weights(load(native), load(back))
+
+
+def test_an_interrupted_conversion_goes_on(published_copy, monkeypatch):
+    folder, target = published_copy(), None
+    in_shards(folder)
+    target = folder.parent / "converted"
+    saved = []
+
+    def save_two(tensors, path, **kwargs):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(convert_module, "save_file", save_two)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(str(folder), str(target))
+    assert not target.exists()
+    partial = folder.parent / "converted.partial"
+    kept = {file: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(kept) == 2
+
+    with pytest.raises(ValueError, match="left from another conversion"):
+        convert_checkpoint(str(folder), str(target), to="published")
+    monkeypatch.setattr(convert_module, "save_file", save_file)
+    convert_checkpoint(str(folder), str(target))
+    assert not partial.exists() and same_weights(load(target), load(folder))
+    moved = {file.name: file.stat().st_mtime_ns for file in target.glob("*.safetensors")}
+    assert all(moved[file.name] == time for file, time in kept.items())
+
+
+def test_conversion_does_not_overwrite(published_copy):
+    folder = published_copy()
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_checkpoint(str(folder), str(folder.parent))
+    with pytest.raises(ValueError, match="'ggml'"):
+        convert_checkpoint(str(folder), str(folder.parent / "x"), to="ggml")
+
+
+def test_conversion_brings_the_tower_along(published_copy):
+    folder = published_copy()
+    expected = load(folder)
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    native = convert_checkpoint(str(folder), str(folder.parent / "native"))
+    back = convert_checkpoint(str(native), str(folder.parent / "back"), to="published")
+    shutil.rmtree(folder.parent / "clip-tiny-336")
+    assert same_weights(load(native), expected) and same_weights(load(back), expected)
+
+
+@pytest.mark.slow
+def test_conversion_holds_one_shard_in_memory(tmp_path):
+    """40 shards of 8 MB are rewritten with far less than their 320 MB."""
+    script = f"""
+import json, resource, torch
+from safetensors.torch import save_file
+from longllava_hf import LongLLaVAConfig
+from longllava_hf.convert import convert_checkpoint, expected_shapes
+from modeling_tests.conftest import small_config
+config = small_config(text_config=dict(hidden_size=512, intermediate_size=2048, vocab_size=2000, num_experts=8))
+config.save_pretrained({str(tmp_path / "source")!r})
+shapes = expected_shapes(config)
+names, weight_map, total = sorted(shapes), {{}}, 0
+for i in range(40):
+    shard = f"model-{{i}}.safetensors"
+    tensors = {{n: torch.zeros(shapes[n]) for n in names[i::40]}}
+    total += sum(t.nbytes for t in tensors.values())
+    save_file(tensors, {str(tmp_path / "source")!r} + "/" + shard, metadata=dict(format="pt"))
+    weight_map.update({{n: shard for n in tensors}})
+json.dump(dict(metadata=dict(), weight_map=weight_map), open({str(tmp_path / "source")!r} + "/model.safetensors.index.json", "w"))
+del tensors
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_checkpoint({str(tmp_path / "source")!r}, {str(tmp_path / "native")!r})
+print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    total, grown = map(int, result.stdout.split()[-2:])
+    assert total > 300e6 and grown < 0.25 * total, (total, grown)
+
+
+def test_text_model_names(tmp_path):
+    """The text model alone reads its own files and the base model's."""
+    from .test_modeling_longllava_text import small_text_config
+
+    model = LongLLaVAForCausalLM(small_text_config())
+    model.save_pretrained(tmp_path / "whole")
+    assert "model.layers.1.feed_forward.experts.0.gate_proj.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    base = type(model.model).from_pretrained(tmp_path / "whole")
+    assert same_weights(base, model.model)
+    base.save_pretrained(tmp_path / "base")
+    assert same_weights(type(model.model).from_pretrained(tmp_path / "base"), base)
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+        LongLLaVAForCausalLM.from_pretrained(tmp_path / "base")

@@ -1,0 +1,336 @@
+"""Pictures and frames: pixels equal CLIP's, every kind of input, and a clear word about every broken one."""
+
+import base64
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from longllava_hf import LongLLaVAImageProcessor
+from longllava_hf.image_processing_longllava import VideoFile, load_picture, ordered_map
+
+from .conftest import FIXTURES
+
+
+CLIP = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+
+
+def photo(size=(60, 40), mode="RGB", seed=0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture
+def processor():
+    return LongLLaVAImageProcessor(**CLIP, image_seq_length=4)
+
+
+def pixels(processor, images, **kwargs) -> torch.Tensor:
+    return processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+
+
+def as_the_authors_do(image: Image.Image, clip) -> torch.Tensor:
+    """Pasted on a square of the mean colour, then CLIP."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in clip.image_mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return clip([square], return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (41, 60), (48, 48), (1, 7), (500, 3), (1000, 999)])
+def test_pixels_equal_clips_bit_for_bit(processor, size):
+    image = photo((max(4, size[0]), max(4, size[1]))).resize(size)
+    assert torch.equal(pixels(processor, image), as_the_authors_do(image, CLIPImageProcessorPil(**CLIP)))
+
+
+def test_torchvision_makes_no_difference():
+    """The class is Pillow's on every machine, whatever back end is asked for."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    from longllava_hf import LongLLaVAConfig
+
+    assert set(IMAGE_PROCESSOR_MAPPING[LongLLaVAConfig].values()) == {LongLLaVAImageProcessor}
+    assert LongLLaVAImageProcessor().backend == "pil"
+    assert "torchvision" not in sys.modules or LongLLaVAImageProcessor().backend == "pil"
+
+
+def test_every_kind_of_input_gives_the_same_pixels(processor, tmp_path):
+    image = photo()
+    path = tmp_path / "photo.png"
+    image.save(path)
+    array = np.asarray(image)
+    sources = [
+        image,
+        str(path),
+        path,
+        path.read_bytes(),
+        f"file://{path}",
+        base64.b64encode(path.read_bytes()).decode(),
+        "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+        array,
+        np.moveaxis(array, -1, 0),
+        torch.from_numpy(array),
+        torch.from_numpy(np.moveaxis(array, -1, 0).copy()),
+    ]
+    together = pixels(processor, sources)
+    assert together.shape == (len(sources), 3, 48, 48) and together.dtype == torch.float32
+    for i in range(len(sources)):
+        assert torch.equal(together[i], together[0]), i
+
+
+def test_a_url(processor, tmp_path):
+    import http.server
+    import threading
+
+    photo().save(tmp_path / "photo.png")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        import os
+
+        offline = os.environ.pop("HF_HUB_OFFLINE", None)
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE, before = False, constants.HF_HUB_OFFLINE
+        try:
+            assert torch.equal(pixels(processor, f"{url}/photo.png"), pixels(processor, photo()))
+            with pytest.raises(OSError, match=r"nothing\.png"):
+                processor(f"{url}/nothing.png")
+        finally:
+            constants.HF_HUB_OFFLINE = before
+            if offline is not None:
+                os.environ["HF_HUB_OFFLINE"] = offline
+            server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "HSV", "YCbCr"])
+def test_modes(processor, mode, tmp_path):
+    image = photo().convert("L").convert(mode) if mode == "LA" else photo(mode=mode)
+    expected = pixels(processor, image.convert("RGB"))
+    assert torch.equal(pixels(processor, image), expected)
+    if mode in ("L", "LA", "P", "RGBA", "1"):
+        image.save(tmp_path / "x.png")
+        assert torch.equal(pixels(processor, tmp_path / "x.png"), expected)
+
+
+def test_sixteen_bits_a_pixel(processor, tmp_path):
+    grey = np.asarray(photo(mode="L"))
+    image = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert image.mode.startswith("I;16")
+    image.save(tmp_path / "deep.png")
+    expected = pixels(processor, Image.fromarray(grey).convert("RGB"))
+    assert torch.equal(pixels(processor, image), expected)
+    assert torch.equal(pixels(processor, tmp_path / "deep.png"), expected)
+
+
+def test_grey_arrays_and_arrays_between_0_and_1(processor):
+    grey = np.asarray(photo(mode="L"))
+    expected = pixels(processor, Image.fromarray(grey))
+    assert torch.equal(pixels(processor, grey), expected)
+    assert torch.equal(pixels(processor, grey[None]), expected)
+    assert torch.equal(pixels(processor, grey[..., None]), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(processor, orientation, tmp_path):
+    upright = photo((64, 32))
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = upright.transpose(turn[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(pixels(processor, tmp_path / "turned.png"), pixels(processor, upright))
+
+
+def test_nesting_and_order(processor):
+    images = [photo(seed=i) for i in range(30)]
+    nested = pixels(processor, [images[:3], [], [images[3:20]], images[20:]])
+    assert torch.equal(nested, torch.cat([pixels(processor, image) for image in images]))
+
+
+def test_high_resolution(processor):
+    image = photo((200, 100))
+    outputs = processor(image, patch_strategy="best_fit", return_tensors="pt")
+    assert outputs["image_grids"].tolist() == [[3, 5]]
+    assert outputs["pixel_values"].shape == (16, 3, 48, 48)
+    assert torch.equal(outputs["pixel_values"][:1], pixels(processor, image))
+    # Raster order: put together again, the tiles are the picture, fitted in and centred on black.
+    plain = {"do_normalize": False, "do_rescale": False}
+    tiles = processor(image, patch_strategy="best_fit", return_tensors="np", **plain)["pixel_values"][1:]
+    canvas = tiles.reshape(3, 5, 3, 48, 48).transpose(2, 0, 3, 1, 4).reshape(3, 144, 240)
+    fitted = np.moveaxis(np.asarray(image.resize((240, 120), Image.Resampling.BICUBIC)), -1, 0)
+    assert np.array_equal(canvas[:, 12:132], fitted)
+    assert canvas[:, :12].max() == canvas[:, 132:].max() == 0
+
+
+def test_best_fit_prefers_what_loses_and_wastes_least(processor):
+    assert processor.best_grid(336, 336, 336) == (1, 1)
+    assert processor.best_grid(672, 336, 336) == (2, 1)
+    assert processor.best_grid(100, 900, 48, [[1, 1], [2, 2], [1, 4]]) == (1, 4)
+
+
+def test_save_and_load(processor, tmp_path):
+    LongLLaVAImageProcessor(**CLIP, patch_strategy="best_fit", image_grid_pinpoints=[[1, 2]], image_seq_length=7).save_pretrained(
+        tmp_path
+    )
+    again = LongLLaVAImageProcessor.from_pretrained(tmp_path)
+    assert (again.patch_strategy, again.image_grid_pinpoints, again.image_seq_length) == ("best_fit", [[1, 2]], 7)
+    assert again.crop_size["height"] == 48 and again.do_pad
+
+
+BROKEN = {
+    "zero bytes": (b"", "is empty: it has 0 bytes"),
+    "text": (b"This is no picture at all.\n" * 9, "is not a picture"),
+    "truncated": (lambda b: b[: len(b) // 2], "damaged or truncated"),
+    "only a header": (lambda b: b[:40], "is not a picture|damaged or truncated"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "gif"])
+def test_broken_pictures_are_named(processor, case, format, tmp_path):
+    content, message = BROKEN[case]
+    whole = io.BytesIO()
+    photo((300, 200)).save(whole, format=format)
+    path = tmp_path / f"culprit.{format}"
+    path.write_bytes(content(whole.getvalue()) if callable(content) else content)
+    good = photo()
+    if format in ("gif", "webp") and case in ("truncated", "only a header"):
+        message = "is not a picture|damaged or truncated"
+    with pytest.raises(ValueError, match=rf"Image 1 \(`.*culprit\.{format}`\).*({message})"):
+        processor([good, path, good])
+
+
+def test_a_picture_that_is_not_there(processor):
+    with pytest.raises(OSError, match=r"nowhere\.png"):
+        processor("/nowhere.png")
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_empty_pictures(processor, size):
+    for empty in (Image.new("RGB", size), np.zeros((*size[::-1], 3), dtype=np.uint8)):
+        with pytest.raises(ValueError, match=f"Image 0.*{size[0]} x {size[1]} pixels"):
+            processor(empty)
+
+
+def test_a_picture_of_60000_by_60000_pixels(processor, tmp_path):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    path = tmp_path / "huge.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"huge\.png.*too large.*limit is 178956970"):
+        processor(path)
+
+
+@pytest.mark.parametrize("odd", [42, None, {"a": 1}, np.zeros(7), np.zeros((2, 7, 7))])
+def test_what_is_no_picture(processor, odd):
+    with pytest.raises(ValueError, match="Image 0"):
+        processor([odd])
+    with pytest.raises(ValueError, match="At least one image"):
+        processor([])
+
+
+def test_video_is_sampled_uniformly(film):
+    path = film(40)
+    video = VideoFile(path, num_frames=4)
+    assert (video.total_frames, video.indices, video.fps) == (40, [0, 13, 26, 39], 10.0)
+    assert [round((np.asarray(frame).mean() - 20) / 5) for frame in video] == [0, 13, 26, 39]
+    assert [round((np.asarray(frame).mean() - 20) / 5) for frame in video] == [0, 13, 26, 39]  # again from the start
+    assert VideoFile(path, num_frames=100).indices == list(range(40)) and len(VideoFile(path)) == 40
+
+
+def test_video_is_sampled_by_rate(film):
+    assert VideoFile(film(40), fps=2).indices == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert VideoFile(film(40), fps=99).indices == list(range(40))
+
+
+@pytest.mark.parametrize("gop", [1, 10, 1000])
+def test_every_frame_is_the_right_one_wherever_key_frames_are(film, gop):
+    video = VideoFile(film(45, gop=gop))
+    for indices in ([44], [9, 10, 11], [0, 44], list(range(45)), [3, 3, 30]):
+        video.indices = indices
+        assert [round((np.asarray(frame).mean() - 20) / 5) for frame in video] == indices
+
+
+def test_frames_are_decoded_when_they_are_needed(film, monkeypatch):
+    from longllava_hf import image_processing_longllava
+
+    taken = []
+
+    class Counting(VideoFile):
+        def __iter__(self):
+            for frame in super().__iter__():
+                taken.append(frame)
+                yield frame
+
+    frames = ordered_map(lambda frame: len(taken), iter(Counting(film(40))), max_workers=2)
+    assert next(frames) <= 6 and len(taken) <= 6
+    assert sum(1 for _ in frames) == 39
+    assert image_processing_longllava.VideoFile is VideoFile
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.avi", "film.mkv"])
+def test_broken_videos_are_named(film, name, tmp_path):
+    whole = film(40, name=name).read_bytes()
+    culprit = tmp_path / f"culprit-{name}"
+    for content in (b"", b"no film at all " * 50, whole[: len(whole) // 2], whole[:100]):
+        culprit.write_bytes(content)
+        try:
+            video = VideoFile(culprit)
+            frames = list(video)
+        except ValueError as error:
+            assert culprit.name in str(error)
+        else:
+            # A stream format may end anywhere; then what is there is all there is.
+            assert name == "film.mkv" and 0 < len(frames) < 40
+
+
+def test_sampling_that_makes_no_sense(film):
+    path = film(5)
+    with pytest.raises(ValueError, match=r"Only one of `num_frames` \(3\) and `fps` \(2\)"):
+        VideoFile(path, num_frames=3, fps=2)
+    with pytest.raises(ValueError, match="`num_frames` must be at least 1, but it is 0"):
+        VideoFile(path, num_frames=0)
+    with pytest.raises(ValueError, match="`fps` must be positive, but it is -1"):
+        VideoFile(path, fps=-1)
+    with pytest.raises(OSError, match=r"nowhere\.mp4"):
+        VideoFile("/nowhere.mp4")
+
+
+def test_load_picture_keeps_rgb_files_as_they_are():
+    path = FIXTURES / "longllava-moe-tiny" / "image_3.png"
+    assert np.array_equal(np.asarray(load_picture(path)), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_auto_class(tmp_path, processor):
+    from longllava_hf import LongLLaVAConfig
+
+    LongLLaVAConfig().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    try:
+        loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    except ImportError:
+        pytest.skip("this release of Transformers has no AutoImageProcessor without torchvision")
+    assert type(loaded) is LongLLaVAImageProcessor
