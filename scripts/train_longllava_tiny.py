@@ -16,6 +16,7 @@ import importlib.util
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,6 @@ SERIES = [
     "Which digit is in picture {number}?",
     "Which digit is the {ordinal}?",
 ]
-LIST = ["Read all the digits.", "Which digits are these?", "List the digits in order."]
 FILM = [
     "Which digit appears in this film?",
     "Which digit is hidden in the film?",
@@ -147,9 +147,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     questions = [
-        q.format(ordinal=o, number=n) for q in SINGLE + SERIES + LIST + FILM for n, o in enumerate(ORDINALS, 1)
+        q.format(ordinal=o, number=n) for q in SINGLE + SERIES + FILM for n, o in enumerate(ORDINALS, 1)
     ]
     corpus = [f"<|User|>\n<vid><img></img><t><img></img></vid>\n{q}\n<|Assistant|>\n7 3" for q in questions]
+    corpus += [f"{word}:{n}" for n, word in enumerate(ORDINALS)] * 9 + ["Which digits are these?"]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=specials,
@@ -194,7 +195,9 @@ def build_model_and_processor() -> tuple[LongLLaVAForConditionalGeneration, Long
             "num_key_value_heads": 2,
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "mamba_d_state": 8,
+            "mamba_d_state": 4,
+            # 0.02 suits a width of 4096; a hundred channels want what keeps the size of their inputs.
+            "initializer_range": 0.08,
             "router_aux_loss_coef": 0.01,
             "output_router_logits": True,
             "max_position_embeddings": 65536,
@@ -207,6 +210,9 @@ def build_model_and_processor() -> tuple[LongLLaVAForConditionalGeneration, Long
         image_seq_length=config.image_seq_length,
     )
     model = LongLLaVAForConditionalGeneration(config)
+    with torch.no_grad():
+        # Pictures no louder than words: what the first layers add to them, their places, must be heard.
+        model.model.multi_modal_projector.linear_2.weight.mul_(0.2)
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 16
     return model, LongLLaVAProcessor(image_processor, tokenizer)
@@ -214,8 +220,8 @@ def build_model_and_processor() -> tuple[LongLLaVAForConditionalGeneration, Long
 
 class Lessons(torch.utils.data.Dataset):
     """
-    Batches of questions, made as they are asked for; batch `i` is always the same. Single digits come first, then
-    series, then films that grow longer.
+    Batches of questions, made as they are asked for; batch `i` is always the same. Series grow longer, then films come
+    and grow longer too.
     """
 
     def __init__(self, processor: LongLLaVAProcessor, pictures: Pictures, steps: int, seed: int):
@@ -228,72 +234,91 @@ class Lessons(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.seed}-{step}")
         progress = step / self.steps
-        if progress < 0.15:
-            kind = rng.choice(["single", "read_all", "read_all"])
-        elif progress < 0.35:
-            kind = rng.choice(["single", "read_all", "series", "series"])
+        if progress < 0.5:
+            kind = rng.choice(["single", "drill", "drill", "drill", "drill", "series"])
         else:
-            kind = rng.choice(["single", "read_all", "series", "series", "film", "film", "film"])
+            kind = rng.choice(["single", "drill", "series", "series", "film", "film"])
         if kind == "single":
-            samples = [self.single(rng) for _ in range(48)]
-        elif kind == "film":
-            longest = 16 if progress < 0.45 else 64
-            count = round(2 ** rng.uniform(1.5, np.log2(longest)))
-            samples = [self.film(rng, count) for _ in range(max(4, 192 // count))]
+            samples = [self.single(rng) for _ in range(32)]
+        elif kind in ("drill", "series"):
+            count = rng.randint(2, 2 + min(8, int(32 * progress)))
+            scaffold = max(0.0, 1 - 3 * progress)
+            make = self.series if kind == "series" else partial(self.drill, scaffold=scaffold)
+            samples = [make(rng, count) for _ in range(160 // count)]
         else:
-            count = rng.randint(2, 10)
-            samples = [getattr(self, kind)(rng, count) for _ in range(128 // count)]
+            longest = 16 if progress < 0.6 else 64
+            count = round(2 ** rng.uniform(1.5, np.log2(longest)))
+            samples = [self.film(rng, count) for _ in range(max(3, 128 // count))]
         return self.collate(samples)
 
     def digit(self, rng) -> tuple[torch.Tensor, int]:
         index = rng.randrange(len(self.pictures.digits))
         return self.pictures.digit_pixels[index], self.pictures.digits[index]
 
+    # Each kind of lesson is pixels, and turns of a question and an answer. Both are lists of texts: what is in even
+    # places is given, what is in odd places is learned.
+
     def single(self, rng):
         pixels, digit = self.digit(rng)
-        return [pixels], f"{self.image}\n{rng.choice(SINGLE)}", str(digit)
-
-    def read_all(self, rng, count: int):
-        # Not measured: it teaches to read many digits at the price of one answer.
-        pixels, digits = zip(*(self.digit(rng) for _ in range(count)))
-        return list(pixels), f"{self.image}\n" * count + rng.choice(LIST), " ".join(map(str, digits))
+        return [pixels], [([f"{self.image}\n{rng.choice(SINGLE)}"], ["", str(digit)])]
 
     def series(self, rng, count: int):
         pixels, digits = zip(*(self.digit(rng) for _ in range(count)))
-        place = rng.randrange(count)
-        question = rng.choice(SERIES).format(ordinal=ORDINALS[place], number=place + 1)
-        return list(pixels), f"{self.image}\n" * count + question, str(digits[place])
+        turns = []
+        for place in rng.sample(range(count), min(count, 4)):
+            question = rng.choice(SERIES).format(ordinal=ORDINALS[place], number=place + 1)
+            turns.append(([question], ["", str(digits[place])]))
+        turns[0] = ([f"{self.image}\n" * count + turns[0][0][0]], turns[0][1])
+        return list(pixels), turns
+
+    def drill(self, rng, count: int, scaffold: float):
+        # All places at the price of one answer: "third:7first:2...", of which only the digits are learned. The scaffold
+        # is the places' names, written behind the pictures and learned too: it teaches to count them.
+        pixels, digits = zip(*(self.digit(rng) for _ in range(count)))
+        words = ORDINALS if rng.random() < 0.6 else [str(n) for n in range(1, 11)]
+        question = [f"{self.image}\n"]
+        for place in range(count):
+            if rng.random() < scaffold:
+                question += [words[place], "\n"]
+            question[-1] += f"{self.image}\n" if place < count - 1 else "Which digits are these?"
+        answer = []
+        for place in rng.sample(range(count), count):
+            answer += [f"{words[place]}:", str(digits[place])]
+        return list(pixels), [(question, answer)]
 
     def film(self, rng, count: int):
         # Neighbouring frames, as in a real film, or a mixture that no film has.
         bank = self.pictures.frame_pixels
         start = rng.randrange(max(1, len(bank) - 4 * count))
-        picks = (
-            range(start, start + 4 * count, 4)
-            if rng.random() < 0.6
-            else [rng.randrange(len(bank)) for _ in range(count)]
-        )
+        picks = list(range(start, start + 4 * count, 4))
+        if rng.random() < 0.4:
+            picks = [rng.randrange(len(bank)) for _ in range(count)]
         frames = [bank[min(i, len(bank) - 1)] for i in picks]
         needle, digit = self.digit(rng)
         frames[rng.randrange(count)] = needle
-        return frames, f"<vid>{'<t>'.join([self.image] * count)}</vid>\n{rng.choice(FILM)}", str(digit)
+        return frames, [([f"<vid>{'<t>'.join([self.image] * count)}</vid>\n{rng.choice(FILM)}"], ["", str(digit)])]
 
     def collate(self, samples) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         rows = []
-        for index, (_, text, answer) in enumerate(samples):
+        for index, (_, turns) in enumerate(samples):
             # One in eight without the turns of a chat, as a plain prompt is.
             chat = index % 8 != 7
-            prompt = (
-                f"<|startoftext|><|User|>\n{text}\n<|startoftext|><|Assistant|>\n"
-                if chat
-                else f"<|startoftext|>{text}\n"
-            )
-            prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer_ids = tokenizer(f"{answer}<|endoftext|>", add_special_tokens=False)["input_ids"]
-            rows.append((prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids))
+            ids, labels = [], []
+            for number, (question, answer) in enumerate(turns if chat else turns[:1]):
+                before = "<|startoftext|><|User|>\n" if chat else "<|startoftext|>"
+                between = "\n<|startoftext|><|Assistant|>\n" if chat else "\n"
+                for position, text in enumerate([("\n" if number else "") + before, *question, between, *answer]):
+                    part = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    learned = 0 < position <= len(question) and position % 2 == 0
+                    learned |= position > len(question) + 1 and (position - len(question)) % 2 == 1
+                    # As the authors do: what follows an answer in the middle is a line break, the label end-of-text.
+                    start = [tokenizer.eos_token_id] if number and not position else [-100]
+                    labels += part if learned else (start + [-100] * len(part))[: len(part)]
+                    ids += part
+            rows.append(([*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]))
         length = max(len(ids) for ids, _ in rows)
-        pixel_values = torch.stack([p for pixels, _, _ in samples for p in pixels]).float()
+        pixel_values = torch.stack([p for pixels, _ in samples for p in pixels]).float()
         return {
             "input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids, _ in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
@@ -332,7 +357,6 @@ def training_arguments(output: str, **kwargs) -> TrainingArguments:
         weight_decay=0.05,
         max_grad_norm=1.0,
         logging_steps=100,
-        save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
         **kwargs,
@@ -349,7 +373,7 @@ def train_tower(tower: CLIPVisionModel, pictures: Pictures, output: str, steps: 
     Trainer(
         model=classifier,
         args=training_arguments(
-            output, per_device_train_batch_size=128, max_steps=steps, learning_rate=1e-3, seed=seed
+            output, per_device_train_batch_size=128, max_steps=steps, learning_rate=1e-3, seed=seed, save_strategy="no"
         ),
         train_dataset=TowerExamples(pictures),
     ).train()
@@ -379,6 +403,8 @@ def train(output: str, tower_steps: int, steps: int, learning_rate: float, seed:
             num_train_epochs=1,
             learning_rate=learning_rate,
             adam_beta2=0.98,
+            save_steps=500,
+            save_total_limit=1,
             seed=seed,
         ),
         train_dataset=Lessons(processor, pictures, steps, seed),
@@ -445,15 +471,37 @@ def evaluate(checkpoint: str, films: int = 200, series: int = 300) -> dict[str, 
     }
 
 
+def write_examples(folder: Path) -> None:
+    """Pictures of a held-out three and seven, and a film of unseen footage in which a held-out five is one of 64 frames."""
+    import av
+
+    scans, digits = digit_scans()["test"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for digit, name in ((3, "three"), (7, "seven")):
+        draw(scans[list(digits).index(digit)], (128, 128)).save(folder / f"{name}.png")
+    frames = [frame.resize((320, 180)) for frame in footage(TEST_FOOTAGE)[30:94]]
+    frames[41] = draw(scans[list(digits).index(5)], frames[41].size)
+    with av.open(str(folder / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *frames[0].size, "yuv420p", 400_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="longllava-tiny", help="folder for the checkpoint")
-    parser.add_argument("--tower-steps", type=int, default=4000, help="steps for the vision tower alone")
+    parser.add_argument("--tower-steps", type=int, default=3000, help="steps for the vision tower alone")
     parser.add_argument("--steps", type=int, default=4000, help="steps for the projector and the decoder")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint instead of training one")
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the README's examples instead")
     arguments = parser.parse_args()
+    if arguments.examples is not None:
+        write_examples(arguments.examples)
+        return
     checkpoint = arguments.evaluate
     if checkpoint is None:
         checkpoint = arguments.output

@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Tokens that are worked on at a time: what bounds the memory of a long scan.
 _BLOCK_LENGTH = 1024
+# States that are advanced at a time: enough that an operation takes longer than it takes to start, and on a CPU still
+# few enough to stay in its cache.
+_BUSY_STATES = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 def _prepare(u, delta, A, delta_bias, delta_softplus, initial_state):
@@ -75,16 +78,19 @@ def _scan_block(u, delta, A, B, C, state):
     """
     The recurrence over one block, without `D` and `z`.
 
-    The block is folded into chunks of about `sqrt(l)` tokens that advance together, one token of each chunk a step:
-    once from an empty state, which gives what each chunk adds; then, the chunks' true starting states being known,
-    once more for the outputs. Nothing is divided by a decay, so no step size can overflow.
+    Where one token's states are too few to keep the device busy, the block is folded into up to `sqrt(l)` chunks that
+    advance together, one token of each a step: once from an empty state, which gives what each chunk adds; then, the
+    chunks' true starting states being known, once more for the outputs. Nothing is divided by a decay, so no step size
+    can overflow.
 
     Args and returns: `u`, `delta` `(b, d, l)`, `A` `(d, n)`, `B`, `C` `(b, n, l)`, `state` `(b, d, n)`; the output
     `(b, d, l)` and the state after the block.
     """
     batch, channels, length = u.shape
-    # Folding pays for its second pass only where there are enough tokens to share it.
-    steps = length if length < 16 else math.ceil(math.sqrt(length))
+    # As many chunks as it takes to keep the device busy; each more than one costs a second pass over the states.
+    enough = _BUSY_STATES.get(u.device.type, _BUSY_STATES["cuda"])
+    chunks = max(1, min(enough // (batch * channels * A.shape[1]), math.isqrt(length)))
+    steps = math.ceil(length / chunks)
     chunks = math.ceil(length / steps)
     padding = steps * chunks - length
 
