@@ -35,7 +35,7 @@ def in_shards(folder, count=3):
     for i in range(count):
         shard = f"model-{i + 1:05}-of-{count:05}.safetensors"
         save_file({n: tensors[n] for n in names[i::count]}, folder / shard, metadata={"format": "pt"})
-        weight_map.update({n: shard for n in names[i::count]})
+        weight_map.update(dict.fromkeys(names[i::count], shard))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
 
@@ -289,7 +289,9 @@ def test_text_model_names(tmp_path):
 
     model = LongLLaVAForCausalLM(small_text_config())
     model.save_pretrained(tmp_path / "whole")
-    assert "model.layers.1.feed_forward.experts.0.gate_proj.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    assert "model.layers.1.feed_forward.experts.0.gate_proj.weight" in load_file(
+        tmp_path / "whole" / "model.safetensors"
+    )
     base = type(model.model).from_pretrained(tmp_path / "whole")
     assert same_weights(base, model.model)
     base.save_pretrained(tmp_path / "base")

@@ -50,7 +50,14 @@ def test_native_configuration_survives_saving(tmp_path):
 def test_back_to_the_published_layout():
     flat = json.loads((published("moe") / "config.json").read_text())
     back = native_to_published(AutoConfig.from_pretrained(published("moe")), "./clip-tiny-336")
-    for key in ("model_type", "architectures", "resamplePooling", "mm_vision_tower", "mm_projector_type", "num_experts"):
+    for key in (
+        "model_type",
+        "architectures",
+        "resamplePooling",
+        "mm_vision_tower",
+        "mm_projector_type",
+        "num_experts",
+    ):
         assert back[key] == flat[key], key
     for key in ("hidden_size", "mamba_dt_rank", "mm_vision_select_layer", "torch_dtype", "attn_layer_period"):
         assert back[key] == flat[key], key

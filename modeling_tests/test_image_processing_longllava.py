@@ -187,9 +187,9 @@ def test_best_fit_prefers_what_loses_and_wastes_least(processor):
 
 
 def test_save_and_load(processor, tmp_path):
-    LongLLaVAImageProcessor(**CLIP, patch_strategy="best_fit", image_grid_pinpoints=[[1, 2]], image_seq_length=7).save_pretrained(
-        tmp_path
-    )
+    LongLLaVAImageProcessor(
+        **CLIP, patch_strategy="best_fit", image_grid_pinpoints=[[1, 2]], image_seq_length=7
+    ).save_pretrained(tmp_path)
     again = LongLLaVAImageProcessor.from_pretrained(tmp_path)
     assert (again.patch_strategy, again.image_grid_pinpoints, again.image_seq_length) == ("best_fit", [[1, 2]], 7)
     assert again.crop_size["height"] == 48 and again.do_pad

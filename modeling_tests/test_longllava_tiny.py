@@ -67,7 +67,9 @@ def test_streaming_and_chunks(capsys):
 
 
 def test_chat_keeps_what_it_has_seen(capsys, monkeypatch):
-    turns = iter([f"/show {DIGITS['three']}", "Which digit is this?", f"/show {DIGITS['seven']}", "Which digit is this?"])
+    turns = iter(
+        [f"/show {DIGITS['three']}", "Which digit is this?", f"/show {DIGITS['seven']}", "Which digit is this?"]
+    )
 
     def next_line(prompt=""):
         try:
@@ -174,7 +176,9 @@ def test_held_out_digits(tiny_model, tiny_processor):
 
     scans, digits = (part[:100] for part in digit_scans()["test"])
     question = {"type": "text", "text": "Which digit is this?"}
-    answers = ask_batch(tiny_model, tiny_processor, [[{"type": "image", "image": draw(scan)}, question] for scan in scans])
+    answers = ask_batch(
+        tiny_model, tiny_processor, [[{"type": "image", "image": draw(scan)}, question] for scan in scans]
+    )
     assert sum(answer.strip() == str(digit) for answer, digit in zip(answers, digits)) >= 96
 
 
@@ -216,7 +220,7 @@ def test_import_is_idempotent_and_quick():
         "assert 'torch._inductor' not in sys.modules and 'av' not in sys.modules and 'longllava_hf.cli' not in sys.modules\n"
         "print(longllava_hf.__version__)"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == longllava_hf.__version__
 

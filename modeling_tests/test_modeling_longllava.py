@@ -35,7 +35,9 @@ def with_other_names(folder, destination):
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
         if layer is not None:
             dense = config["num_experts"] == 1 or layer % 2 == 0
-            name = name.replace(".moe.experts.0.", ".feed_forward.") if dense else name.replace(".moe.", ".feed_forward.")
+            name = (
+                name.replace(".moe.experts.0.", ".feed_forward.") if dense else name.replace(".moe.", ".feed_forward.")
+            )
             name = name.replace("pre_moe_layernorm", "pre_ff_layernorm")
             name = name.replace("B_layernorm", "b_layernorm").replace("C_layernorm", "c_layernorm")
         renamed[name] = tensor
@@ -44,7 +46,7 @@ def with_other_names(folder, destination):
     for i in range(3):
         shard = f"pytorch_model-{i + 1:05}-of-00003.bin"
         torch.save({n: renamed[n] for n in names[i::3]}, destination / shard)
-        weight_map.update({n: shard for n in names[i::3]})
+        weight_map.update(dict.fromkeys(names[i::3], shard))
     index = {"metadata": {}, "weight_map": weight_map}
     (destination / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return destination
@@ -87,7 +89,7 @@ def test_golden(kind, checkpoint):
     np.testing.assert_allclose(features.numpy(), expected["image_features"], rtol=0, atol=1e-4)
 
     ids = [[int(i)] if i != -200 else [model.config.image_token_id] * 144 for i in expected["input_ids"]]
-    ids = torch.tensor([sum(ids, [])])
+    ids = torch.tensor([[i for part in ids for i in part]])
     images = pixel_values[: int((expected["input_ids"] == -200).sum())]
     logits = model(ids, pixel_values=images).logits[0, -16:]
     np.testing.assert_allclose(logits.numpy(), expected["last_logits"], rtol=0, atol=1e-3)
@@ -113,7 +115,7 @@ def prompt(*parts, seed=0):
         [IMAGE] * TOKENS if part == "i" else torch.randint(6, 120, (part,), generator=generator).tolist()
         for part in parts
     ]
-    return sum(ids, [])
+    return [i for part in ids for i in part]
 
 
 PROMPTS = [prompt(3, "i", 2, "i", 6), prompt(9, seed=1), prompt("i", 20, "i", "i", 1, seed=2)]
@@ -123,7 +125,10 @@ PIXELS_OF = [PIXELS[:2], None, PIXELS[2:]]
 
 def pad(prompts, side, spare=3):
     length = max(map(len, prompts)) + spare
-    ids, mask = torch.zeros(len(prompts), length, dtype=torch.long), torch.zeros(len(prompts), length, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(prompts), length, dtype=torch.long),
+        torch.zeros(len(prompts), length, dtype=torch.long),
+    )
     for i, row in enumerate(prompts):
         begin = {"left": length - len(row), "right": 0}[side]
         ids[i, begin : begin + len(row)] = torch.tensor(row)
@@ -144,7 +149,9 @@ def test_chunks_and_padding_give_the_logits_of_one_row_in_one_pass(small_model, 
         end = min(begin + (chunk or ids.shape[1]), ids.shape[1])
         piece = ids[:, begin:end]
         mine = features[row_of[:, begin:end][piece == IMAGE]]
-        images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[mine])}} if len(mine) else {}
+        images = (
+            {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[mine])}} if len(mine) else {}
+        )
         pieces.append(small_model(piece, attention_mask=mask[:, :end], past_key_values=cache, **images).logits)
     logits = torch.cat(pieces, dim=1)
     for i, row in enumerate(PROMPTS):

@@ -25,7 +25,9 @@ def jamba(tmp_path_factory):
     torch.manual_seed(0)
     config = small_text_config().to_dict()
     names = set(JambaConfig().to_dict())
-    config = JambaConfig(**{k: v for k, v in config.items() if k in names and k not in ("model_type", "architectures")})
+    config = JambaConfig(
+        **{k: v for k, v in config.items() if k in names and k not in ("model_type", "architectures")}
+    )
     folder = tmp_path_factory.mktemp("jamba")
     model = JambaForCausalLM(config).eval()
     model.save_pretrained(folder)

@@ -120,7 +120,9 @@ def test_reading_order_across_pictures_and_videos(processor):
         return_tensors="pt",
     )
     centres = inputs["pixel_values"][:, :, 168, 168]
-    expected = torch.cat([processor.image_processor(m, return_tensors="pt")["pixel_values"][:, :, 168, 168] for m in marks])
+    expected = torch.cat(
+        [processor.image_processor(m, return_tensors="pt")["pixel_values"][:, :, 168, 168] for m in marks]
+    )
     assert torch.equal(centres, expected)
 
 
@@ -179,7 +181,15 @@ def test_videos_of_every_kind(processor, film):
     array = np.stack([np.asarray(frame) for frame in frames])
     expected = processor(text="<video>", videos=[frames], return_tensors="pt")
     assert expected["pixel_values"].shape[0] == 4
-    sources = [path, str(path), path.read_bytes(), frames, [np.asarray(f) for f in frames], array, torch.from_numpy(array)]
+    sources = [
+        path,
+        str(path),
+        path.read_bytes(),
+        frames,
+        [np.asarray(f) for f in frames],
+        array,
+        torch.from_numpy(array),
+    ]
     for source in sources:
         for nesting in (source, [source], [[source]]):
             inputs = processor(text="<video>", videos=nesting, num_frames=4, return_tensors="pt")
@@ -237,7 +247,12 @@ def test_number_of_tokens(processor):
         ("no placeholder", [PICTURE], None, r"found 0 `<image>` and 1 images"),
         ("<video>", None, None, r"found 1 `<video>` and 0 videos"),
         ("<image>", [PICTURE], [[PICTURE]], r"found 0 `<video>` and 1 videos"),
-        (["<image>", "<image><image>"], [PICTURE] * 2, None, r"found 3 `<image>` \(by prompt: \[1, 2\]\) and 2 images"),
+        (
+            ["<image>", "<image><image>"],
+            [PICTURE] * 2,
+            None,
+            r"found 3 `<image>` \(by prompt: \[1, 2\]\) and 2 images",
+        ),
     ],
 )
 def test_counts_that_differ(processor, prompt, images, videos, message):
@@ -279,7 +294,10 @@ def test_the_conversation_is_left_as_it_is(processor):
 def test_openai_style_blocks(processor, tmp_path):
     PICTURE.save(tmp_path / "x.png")
     messages = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(tmp_path / "x.png")}}, text("What?")]}
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": str(tmp_path / "x.png")}}, text("What?")],
+        }
     ]
     inputs = apply(processor, messages)
     expected = apply(processor, [{"role": "user", "content": [image(), text("What?")]}])

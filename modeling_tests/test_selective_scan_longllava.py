@@ -50,7 +50,9 @@ def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=No
 
 
 @pytest.mark.parametrize("scan", [selective_scan, selective_scan_reference])
-@pytest.mark.parametrize("options", [(), ("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z", "initial_state")])
+@pytest.mark.parametrize(
+    "options", [(), ("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z", "initial_state")]
+)
 def test_equals_the_recurrence_written_out(scan, options):
     inputs = make_inputs(batch=2, channels=3, states=2, length=19)
     inputs = {k: v for k, v in inputs.items() if k in ("u", "delta", "A", "B", "C", *options)}

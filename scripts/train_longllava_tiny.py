@@ -146,9 +146,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    questions = [
-        q.format(ordinal=o, number=n) for q in SINGLE + SERIES + FILM for n, o in enumerate(ORDINALS, 1)
-    ]
+    questions = [q.format(ordinal=o, number=n) for q in SINGLE + SERIES + FILM for n, o in enumerate(ORDINALS, 1)]
     corpus = [f"<|User|>\n<vid><img></img><t><img></img></vid>\n{q}\n<|Assistant|>\n7 3" for q in questions]
     corpus += [f"{word}:{n}" for n, word in enumerate(ORDINALS)] * 9 + ["Which digits are these?"]
     trainer = trainers.BpeTrainer(

@@ -44,7 +44,7 @@ def _register() -> None:
     if (auto_class := getattr(transformers, "AutoModelForMultimodalLM", None)) is not None:
         auto_class.register(LongLLaVAConfig, LongLLaVAForConditionalGeneration, exist_ok=True)
     # One class for both back ends: pixels are the same with and without torchvision.
-    image_processors = {"pil": LongLLaVAImageProcessor, "torchvision": LongLLaVAImageProcessor}
+    image_processors: dict[str, type] = {"pil": LongLLaVAImageProcessor, "torchvision": LongLLaVAImageProcessor}
     AutoImageProcessor.register(LongLLaVAConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
     register_expert_conversion()

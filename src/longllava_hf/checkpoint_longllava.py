@@ -209,10 +209,12 @@ def load_published_checkpoint(
         ValueError: listing every weight that is missing, of another shape, or not convertible.
     """
     names = published_names(model.config)
-    tensors = state_dict if state_dict is not None else read_lazily(checkpoint_files)
+    # Tensors that the caller hands over are what they are: only files are held to be complete.
+    is_file = state_dict is None
+    tensors = read_lazily(checkpoint_files) if is_file else state_dict
     present = {to_native_name(name, names) for name in tensors}
     is_composite = model.config.get_text_config() is not model.config
-    if is_composite and not any(_VISION_TOWER in name for name in present):
+    if is_file and is_composite and not any(_VISION_TOWER in name for name in present):
         tower = load_vision_tower(model.config, load_config.pretrained_model_name_or_path)
         state_dict = {**tensors, **tower}
 
@@ -222,8 +224,9 @@ def load_published_checkpoint(
     loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
     # Saving writes the native layout, whatever was read.
     model._weight_conversions = [c for c in model._weight_conversions if c not in renamings]
-    source = load_config.pretrained_model_name_or_path
-    _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)
+    if is_file:
+        source = load_config.pretrained_model_name_or_path
+        _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)
     return loading_info, offload_index
 
 

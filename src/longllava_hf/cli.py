@@ -18,6 +18,7 @@ from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
 from .modeling_longllava import LongLLaVAForConditionalGeneration
+from .processing_longllava import LongLLaVAProcessor
 
 
 @dataclass
@@ -57,8 +58,9 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
         raise
     except Exception as not_a_picture:
         try:
-            frames = None if fps is not None else num_frames or 128
-            return Visual(path, "video", VideoFile(path, num_frames=frames, fps=fps, name=f"`{path}`"))
+            if num_frames is None and fps is None:
+                num_frames = LongLLaVAProcessor.videos_kwargs["num_frames"]
+            return Visual(path, "video", VideoFile(path, num_frames=num_frames, fps=fps, name=f"`{path}`"))
         except ValueError as not_a_video:
             if "not a video" not in str(not_a_video):
                 raise
@@ -73,7 +75,8 @@ class Session:
     def __init__(self, arguments: argparse.Namespace):
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = AutoProcessor.from_pretrained(arguments.model)
-        self.model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto").to(device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto")
+        self.model = model.to(device).eval()
         self.arguments = arguments
         self.cache = DynamicCache(config=self.model.config)
         self.ids = torch.empty(1, 0, dtype=torch.long, device=device)

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature, select_best_resolution
-from transformers.image_utils import ChannelDimension
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
@@ -42,7 +42,7 @@ def describe_source(source: Any) -> str:
     return type(source).__name__
 
 
-def read_source(source: str | os.PathLike | bytes) -> str | io.BytesIO:
+def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.BytesIO:
     """
     Something that Pillow and PyAV can open: a local path as it is; the content of a URL, of base64 text (a data URI or
     bare), or of bytes.
@@ -243,7 +243,7 @@ class VideoFile:
                     image = frame.to_image()
                     if rotation := getattr(frame, "rotation", 0):
                         image = image.rotate(rotation, expand=True)
-                    _check_size(*image.size, self.name)
+                    _check_size(image.width, image.height, self.name)
                     yield image
                     done += 1
                     while done < len(wanted) and wanted[done] <= position:  # the file skipped a frame
@@ -345,7 +345,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         scale = min(rows * tile / height, columns * tile / width)
         fitted_height = min(math.ceil(height * scale), rows * tile)
         fitted_width = min(math.ceil(width * scale), columns * tile)
-        fitted = self.resize(image, type(self.size)(height=fitted_height, width=fitted_width), resample=resample)
+        fitted = self.resize(image, SizeDict(height=fitted_height, width=fitted_width), resample=resample)
         canvas = np.zeros((image.shape[0], rows * tile, columns * tile), dtype=fitted.dtype)
         top, left = (rows * tile - fitted_height) // 2, (columns * tile - fitted_width) // 2
         canvas[:, top : top + fitted_height, left : left + fitted_width] = fitted
@@ -382,7 +382,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             tiles, grid = [image], (0, 0)
             if patch_strategy == "best_fit" and not whole_only:
                 side = crop_size.height
-                grid = self.best_grid(*image.shape[1:], side, image_grid_pinpoints)
+                grid = self.best_grid(image.shape[1], image.shape[2], side, image_grid_pinpoints)
                 tiles += self._sub_images(image, grid, side, resample)
             pixel_values = self._preprocess(tiles, return_tensors=None, **kwargs)["pixel_values"]
             return pixel_values, grid

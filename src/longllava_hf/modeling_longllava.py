@@ -152,12 +152,14 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
             return BaseModelOutputWithPooling(
                 last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
-                pooler_output=[feature for part in parts for feature in part.pooler_output],
+                pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
             )
         pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        kwargs["output_hidden_states"] = True
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        requested = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
+        outputs = self.vision_tower(pixel_values, return_dict=True, output_hidden_states=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
+        if not requested:
+            outputs.hidden_states = None
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
         # Key difference to LLaVA: the patches are pooled; LongLLaVA does so before the projector, LongVA after it.
@@ -194,7 +196,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         _check_image_tokens(mask, image_features)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def _embed_tokens(self, input_ids: Any) -> torch.Tensor:
         # The placeholder's embedding is overwritten, so its id need not be in the vocabulary.
         embeddings = self.get_input_embeddings()
         if self.config.image_token_id >= embeddings.num_embeddings:
@@ -231,7 +233,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
@@ -335,7 +337,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         '7'
         ```
         """
-        text_config = self.config.get_text_config()
+        text_config: Any = self.config.get_text_config()
         if output_router_logits is None:
             output_router_logits = getattr(text_config, "output_router_logits", False)
         if output_router_logits:  # a decoder without experts need not know the word
@@ -399,7 +401,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+            image_outputs = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+            model_kwargs["mm_encoder_outputs"] = {"image": image_outputs}
         return input_ids, model_kwargs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
@@ -412,8 +415,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if cache is None or not is_first_iteration:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
-        features = self._encode_images(model_kwargs)
-        features = None if features is None else torch.cat(features)
+        encoded = self._encode_images(model_kwargs)
+        features = None if encoded is None else torch.cat(encoded)
         inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         length, past_length = sequence.shape[1], cache.get_seq_length()
@@ -468,7 +471,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 if inputs_embeds is None and (begin, end) != (0, length):
                     mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
                 if len(mine):
-                    image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])
+                    image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])  # type: ignore[arg-type]
                     model_inputs["mm_encoder_outputs"] = {"image": image_outputs}
             outputs = self(**model_inputs, return_dict=True)
             progress.update(end - begin)

@@ -7,7 +7,7 @@ into forward passes over one cache, and any padding, gives the logits of a singl
 import math
 from collections.abc import Callable
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -107,7 +107,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    groups: Any = module.num_key_value_groups
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attn_weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
@@ -187,7 +188,7 @@ class LongLLaVAMambaMixer(nn.Module):
         self.ssm_state_size = config.mamba_d_state
         self.conv_kernel_size = config.mamba_d_conv
         self.intermediate_size = config.mamba_expand * config.hidden_size
-        self.time_step_rank = config.mamba_dt_rank
+        self.time_step_rank = int(config.mamba_dt_rank)
         self.in_proj = nn.Linear(config.hidden_size, 2 * self.intermediate_size, bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(
             self.intermediate_size,
@@ -208,7 +209,7 @@ class LongLLaVAMambaMixer(nn.Module):
 
     def _past_states(self, past_key_values: Cache | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; empty where nothing is cached."""
-        layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if layer is None or not layer.has_previous_state[0]:
             return x.new_zeros(*x.shape[:2], self.conv_kernel_size), None
         recurrent_state = layer.recurrent_states[0]
@@ -481,9 +482,8 @@ def router_aux_loss(
         attention_mask = attention_mask[:, -(router_logits[0].shape[0] // attention_mask.shape[0]) :]
     else:
         attention_mask = None
-    return load_balancing_loss_func(
-        tuple(router_logits), config.num_experts, config.num_experts_per_tok, attention_mask
-    )
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    return load_balancing_loss_func(router_logits, experts, top_k, attention_mask)  # type: ignore[arg-type, return-value]
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -497,7 +497,6 @@ class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__(config)
