@@ -214,6 +214,8 @@ def load_published_checkpoint(
     tensors = read_lazily(checkpoint_files) if is_file else state_dict
     present = {to_native_name(name, names) for name in tensors}
     is_composite = model.config.get_text_config() is not model.config
+    if is_file and not checkpoint_files[0].endswith(".safetensors"):
+        state_dict = tensors  # read already, and once is enough
     if is_file and is_composite and not any(_VISION_TOWER in name for name in present):
         tower = load_vision_tower(model.config, load_config.pretrained_model_name_or_path)
         state_dict = {**tensors, **tower}
