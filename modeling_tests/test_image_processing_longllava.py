@@ -3,6 +3,7 @@
 import base64
 import io
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -264,6 +265,65 @@ def test_video_is_sampled_uniformly(film):
 def test_video_is_sampled_by_rate(film):
     assert VideoFile(film(40), fps=2).indices == [0, 5, 10, 15, 20, 25, 30, 35]
     assert VideoFile(film(40), fps=99).indices == list(range(40))
+
+
+def encode(path, codec, frames=40, **options):
+    """Frames whose grey level tells their number, with B-frames where the codec has them."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        stream.bit_rate = 2_000_000
+        stream.codec_context.max_b_frames = options.get("b_frames", 0)
+        for i in range(frames):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (5 * i + 20,) * 3))
+            if "times" in options:
+                frame.pts, frame.time_base = options["times"][i], Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "b_frames"),
+    [
+        ("a.avi", "mpeg4", 2),
+        ("b.mpg", "mpeg2video", 2),
+        ("c.ts", "mpeg2video", 2),
+        ("d.mp4", "mpeg4", 2),
+        ("e.mkv", "mpeg4", 2),
+    ],
+)
+def test_the_right_frames_of_every_container(tmp_path, name, codec, b_frames):
+    video = VideoFile(encode(tmp_path / name, codec, b_frames=b_frames))
+    assert video.total_frames == 40
+    video.indices = [0, 9, 19, 29, 39]
+    assert [round((np.asarray(frame).mean() - 20) / 5) for frame in video] == [0, 9, 19, 29, 39]
+
+
+def test_rates_go_by_the_clock(tmp_path):
+    """Ten frames in the first second, then one each second: once a second is the first and then each of those."""
+    path = encode(tmp_path / "x.mp4", "mpeg4", frames=15, times=[*range(10), 10, 20, 30, 40, 50])
+    assert VideoFile(path, fps=1).indices == [0, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16, bool, torch.bfloat16])
+def test_arrays_of_other_types(processor, dtype):
+    grey = np.asarray(photo(mode="L")) // 128 * 255  # black and white, so that every type can say it
+    array = np.stack([grey] * 3, axis=-1)
+    expected = pixels(processor, array)
+    if dtype is torch.bfloat16:
+        other = torch.from_numpy(array / 255).to(dtype)
+    else:
+        other = (array.astype(np.float64) / 255 * (65535 if dtype is np.uint16 else 1)).astype(dtype)
+    torch.testing.assert_close(pixels(processor, other), expected)
+
+
+def test_paths_that_do_not_exist_are_not_base64(processor, tmp_path):
+    with pytest.raises(FileNotFoundError, match="pics/cat"):
+        processor("pics/cat")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        processor(str(tmp_path))
 
 
 @pytest.mark.parametrize("gop", [1, 10, 1000])

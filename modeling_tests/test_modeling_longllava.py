@@ -177,7 +177,7 @@ def test_generate_alone_or_in_a_batch(small_model, side, options):
     inputs = pad(PROMPTS, side)
     if side == "right" and not options.get("use_cache", True):
         pytest.skip("without a cache, generate reads the last position, which must hold a token")
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE], **options}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **options}
     before = inputs["attention_mask"].clone()
     batch = small_model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(inputs["attention_mask"], before)
@@ -193,8 +193,7 @@ def test_generate_alone_or_in_a_batch(small_model, side, options):
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 5}])
 @pytest.mark.parametrize("pictures", ["all", "new"])
 def test_second_turn_on_a_kept_cache(small_model, options, pictures):
-    # A random model may say the placeholder, which in the next turn would stand for a picture.
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE], **options}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
     cache = DynamicCache(config=small_model.config)
     first = torch.tensor([PROMPTS[0]])
     first = small_model.generate(first, pixel_values=PIXELS[:2], past_key_values=cache, **options)
@@ -218,6 +217,23 @@ def test_inputs_embeds(small_model):
     embeds = small_model.get_input_embeddings()(with_images)
     expected = small_model(with_images, pixel_values=PIXELS[:2]).logits
     torch.testing.assert_close(small_model(inputs_embeds=embeds, pixel_values=PIXELS[:2]).logits, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 5}, {"num_beams": 2}])
+def test_inputs_embeds_with_pictures_in_a_batch(small_model, options):
+    inputs = pad(PROMPTS, "left")
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, **options}
+    expected = small_model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    inputs["inputs_embeds"] = small_model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(small_model.generate(**inputs, **options), expected)
+
+
+def test_the_placeholder_is_never_said(small_model):
+    with torch.no_grad():
+        small_model.lm_head.weight[IMAGE] = small_model.lm_head.weight.abs().sum(0) * 100
+    for options in ({}, {"suppress_tokens": [7]}):
+        output = small_model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=10, do_sample=False, **options)
+        assert IMAGE not in output[0, len(PROMPTS[1]) :]
 
 
 @pytest.mark.parametrize("images", [1, 3])

@@ -283,6 +283,22 @@ def test_conversations_that_make_no_sense(processor, messages, message):
         processor.apply_chat_template(messages, tokenize=True)
 
 
+def test_pictures_of_one_prompt_do_not_go_to_another(processor):
+    with pytest.raises(ValueError, match="Prompt 0 has 2 `<image>`, but 1 images were given for it"):
+        processor(text=["<image><image>", "<image>"], images=[[PICTURE], [PICTURE, PICTURE]], padding=True)
+    inputs = processor(text=["<image>", "none"], images=[[PICTURE], None], padding=True)
+    assert len(inputs["pixel_values"]) == 1
+
+
+def test_a_video_of_frame_files(processor, tmp_path):
+    PICTURE.save(tmp_path / "x.png")
+    block = {"type": "video", "video": [str(tmp_path / "x.png")] * 3}
+    inputs = apply(processor, [{"role": "user", "content": [block, text("What?")]}])
+    assert inputs["pixel_values"].shape[0] == 3
+    with pytest.raises(ValueError, match="`num_frames` must be at least 1, but it is 0"):
+        processor(text="<video>", videos=[[PICTURE] * 3], num_frames=0)
+
+
 def test_the_conversation_is_left_as_it_is(processor):
     messages = conversation("multi_turn")
     before = repr(messages)

@@ -491,7 +491,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="longllava-tiny", help="folder for the checkpoint")
     parser.add_argument("--tower-steps", type=int, default=3000, help="steps for the vision tower alone")
-    parser.add_argument("--steps", type=int, default=4000, help="steps for the projector and the decoder")
+    parser.add_argument("--steps", type=int, default=2800, help="steps for the projector and the decoder")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint instead of training one")

@@ -163,7 +163,8 @@ def chat(arguments: argparse.Namespace) -> None:
                 if arguments.json:
                     print(json.dumps(result), flush=True)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            waiting = []
+            print(f"error: {error} (Files that were waiting for the question are dropped.)", file=sys.stderr)
 
 
 def convert(arguments: argparse.Namespace) -> None:

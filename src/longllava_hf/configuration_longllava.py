@@ -33,6 +33,7 @@ _STRATEGY_TO_SELECT_FEATURE = {v: k for k, v in _SELECT_FEATURE_TO_STRATEGY.item
 
 # Keys of a published configuration that speak of the picture side, or of a Transformers release long gone.
 _PUBLISHED_ONLY_KEYS = {
+    "image_token_id",
     "image_aspect_ratio",
     "resamplePooling",
     "use_mamba_kernels",
@@ -359,6 +360,8 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
         "text_config": text_config,
         "vision_config": _read_vision_config(tower),
         "vision_tower": remembered,
+        # Not the authors' key, who have no such id.
+        "image_token_id": flat.get("image_token_id", LongLLaVAConfig.image_token_id),
         "vision_feature_layer": flat.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": strategy,
         "pooling_mode": pooling_mode,
@@ -400,6 +403,7 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
             "model_type": LlavaJambaConfig.model_type,
             "architectures": ["LlavaJambaForCausalLM"],
             "mm_vision_tower": vision_tower,
+            "image_token_id": config.image_token_id,
             "mm_hidden_size": config.vision_config.hidden_size,
             "mm_vision_select_layer": config.vision_feature_layer,
             "mm_vision_select_feature": _STRATEGY_TO_SELECT_FEATURE[config.vision_feature_select_strategy],

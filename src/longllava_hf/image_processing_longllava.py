@@ -31,6 +31,14 @@ DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in
 
 _TIMEOUT_SECONDS = 60
 
+# Shorter text without a `data:` in front is a path that does not exist; no picture is so small.
+_SHORTEST_BASE64 = 64
+
+# Containers whose index can be trusted to lead to a frame; others are decoded from the start.
+_SEEKABLE = ("mov", "matroska")
+# What FFmpeg takes for a film though it is text or, by its name, a picture.
+_NO_VIDEO_FORMATS = ("image2", "tty", "bin", "xbin", "adf", "idf")
+
 
 def describe_source(source: Any) -> str:
     """A short name of a picture or video for messages."""
@@ -64,6 +72,10 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
         text = text.removeprefix("file://")
     if os.path.isfile(text):
         return text
+    if os.path.isdir(text):
+        raise IsADirectoryError(f"{describe_source(text)} is a folder, but one file is wanted.")
+    if not text.startswith("data:") and (isinstance(source, os.PathLike) or len(text) < _SHORTEST_BASE64):
+        raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
     payload = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
     try:
         return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
@@ -103,7 +115,8 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
     """
     name = name or f"The picture ({describe_source(source)})"
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if isinstance(source, np.ndarray):
         if source.ndim not in (2, 3):
             raise ValueError(f"{name} must have 2 or 3 dimensions, but it has {source.ndim}: shape {source.shape}.")
@@ -157,11 +170,12 @@ class VideoFile:
             raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
         if fps is not None and fps <= 0:
             raise ValueError(f"`fps` must be positive, but it is {fps}.")
-        self.source = source
         self.name = name or f"The video ({describe_source(source)})"
         file = read_source(source)
         if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
             raise ValueError(f"{self.name} is empty: it has 0 bytes.")
+        # What had to be fetched or decoded is kept, so that it is fetched once.
+        self.source = file.getvalue() if isinstance(file, io.BytesIO) else file
         self._index(file)
         self.indices = self._sample(num_frames, fps)
 
@@ -171,48 +185,53 @@ class VideoFile:
         except ImportError:
             raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
         try:
-            return av.open(file)
+            container = av.open(file)
         except av.FFmpegError as error:
             raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error}") from error
+        if container.format.name in _NO_VIDEO_FORMATS or container.format.name.endswith("_pipe"):
+            container.close()
+            raise ValueError(f"{self.name} is not a video that FFmpeg can read, but {container.format.long_name}.")
+        return container
 
     def _index(self, file) -> None:
         """Read the packets, without decoding them: when each frame is shown, and at which ones decoding can start."""
         import av
 
-        times, keys = [], []
+        times, keys, count = [], [], 0
         with self._open(file) as container:
             if not container.streams.video:
                 raise ValueError(f"{self.name} has no video stream.")
             stream = container.streams.video[0]
             try:
                 for packet in container.demux(stream):
+                    count += packet.size > 0
                     if packet.pts is not None:
                         times.append(packet.pts)
                         if packet.is_keyframe:
                             keys.append(packet.pts)
             except av.FFmpegError as error:
-                raise ValueError(f"{self.name} is damaged after {len(times)} frames: {error}") from error
+                raise ValueError(f"{self.name} is damaged after {count} frames: {error}") from error
             declared = stream.frames
+            self._seekable = container.format.name.startswith(_SEEKABLE) and len(times) == count
+            # Seconds; elsewhere than in containers with an index, frames are only counted.
+            self._seconds = [float(t * stream.time_base) for t in sorted(times)] if self._seekable else []
             self.fps = float(stream.average_rate or stream.guessed_rate or 0) or None
-        if not times:
+        if not count:
             raise ValueError(f"{self.name} has no frames.")
-        if len(times) < declared:
-            raise ValueError(
-                f"{self.name} is truncated: it should have {declared} frames, and {len(times)} are there."
-            )
+        if count < declared:
+            raise ValueError(f"{self.name} is truncated: it should have {declared} frames, and {count} are there.")
+        self.total_frames = count
         self._times, self._keys = sorted(times), sorted(keys)
-
-    @property
-    def total_frames(self) -> int:
-        """How many frames the file has, sampled or not."""
-        return len(self._times)
 
     def _sample(self, num_frames: int | None, fps: float | None) -> list[int]:
         total = self.total_frames
         if fps is not None:
             if self.fps is None:
                 raise ValueError(f"{self.name} does not say its frame rate; use `num_frames` instead of `fps`.")
-            picks = np.arange(0, total, max(self.fps / fps, 1.0)).astype(int)
+            seconds = np.array(self._seconds or [i / self.fps for i in range(total)])
+            # The frame that is on the screen at each tick, once.
+            ticks = np.arange(seconds[0], seconds[-1] + 1 / self.fps - 1e-6, 1 / fps)
+            picks = np.unique(np.searchsorted(seconds, ticks + 1e-6, side="right") - 1)
         elif num_frames is not None and num_frames < total:
             picks = np.linspace(0, total - 1, num_frames).astype(int)
         else:
@@ -223,6 +242,38 @@ class VideoFile:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Image.Image]:
+        for frame in self._seek_frames() if self._seekable else self._count_frames():
+            image = frame.to_image()
+            if rotation := getattr(frame, "rotation", 0):
+                image = image.rotate(rotation, expand=True)
+            _check_size(image.width, image.height, self.name)
+            yield image
+
+    def _damaged(self, done: int, error: Exception) -> ValueError:
+        reason = str(error) or "it ends early"
+        return ValueError(
+            f"{self.name} is damaged or truncated: {len(self)} frames were wanted, {done} could be read ({reason})."
+        )
+
+    def _count_frames(self) -> Iterator:
+        """The wanted frames, all before them being decoded too."""
+        import av
+
+        done = 0
+        with self._open(read_source(self.source)) as container:
+            try:
+                for position, frame in enumerate(container.decode(container.streams.video[0])):
+                    while done < len(self) and self.indices[done] == position:
+                        yield frame
+                        done += 1
+                    if done == len(self):
+                        return
+            except av.FFmpegError as error:
+                raise self._damaged(done, error) from error
+        raise self._damaged(done, StopIteration())
+
+    def _seek_frames(self) -> Iterator:
+        """The wanted frames, going past what no wanted frame depends on."""
         import av
 
         wanted = [self._times[i] for i in self.indices]
@@ -240,20 +291,11 @@ class VideoFile:
                         frames = container.decode(stream)
                     frame = next(f for f in frames if f.pts is not None and f.pts >= wanted[done])
                     position = frame.pts
-                    image = frame.to_image()
-                    if rotation := getattr(frame, "rotation", 0):
-                        image = image.rotate(rotation, expand=True)
-                    _check_size(image.width, image.height, self.name)
-                    yield image
-                    done += 1
-                    while done < len(wanted) and wanted[done] <= position:  # the file skipped a frame
-                        yield image
+                    while done < len(wanted) and wanted[done] <= position:  # one frame may be wanted several times
+                        yield frame
                         done += 1
             except (av.FFmpegError, StopIteration) as error:
-                reason = str(error) or "it ends early"
-                raise ValueError(
-                    f"{self.name} is damaged or truncated: {len(wanted)} frames were wanted, {done} could be read ({reason})."
-                ) from error
+                raise self._damaged(done, error) from error
 
 
 def ordered_map(function: Callable, items: Iterable, max_workers: int) -> Iterator:
@@ -330,6 +372,12 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
                 )
             if picture.shape[0] != 3 and kwargs.get("do_convert_rgb"):
                 picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
+            if picture.dtype == bool:
+                picture = picture.astype(np.uint8) * 255
+            elif picture.dtype == np.uint16:
+                picture = (picture // 257).astype(np.uint8)
+            elif np.issubdtype(picture.dtype, np.floating) and kwargs.get("do_rescale") and picture.max() <= 1:
+                picture = picture * 255  # given between 0 and 1
             return np.ascontiguousarray(picture)
         return super().process_image(picture, **kwargs)
 
@@ -377,7 +425,11 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             index, (source, whole_only) = item
             name = f"Image {index} ({describe_source(source)})"
             image = self.process_image(
-                source, name, input_data_format=input_data_format, do_convert_rgb=do_convert_rgb
+                source,
+                name,
+                input_data_format=input_data_format,
+                do_convert_rgb=do_convert_rgb,
+                do_rescale=kwargs.get("do_rescale"),
             )
             tiles, grid = [image], (0, 0)
             if patch_strategy == "best_fit" and not whole_only:

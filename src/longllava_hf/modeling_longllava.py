@@ -375,6 +375,17 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         """As [`~GenerationMixin.generate`]; `pixel_values=None` means that there are no pictures."""
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if inputs_embeds is not None and any(name in kwargs for name in images):
+            # Only embeddings say where pictures go: put them there before anything is cut or copied.
+            features = torch.cat(self._encode_images(kwargs)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
+            kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
+        if self.config.image_token_id < self.config.get_text_config().vocab_size:
+            # Said, the placeholder would stand for a picture that is not there.
+            config = kwargs.get("generation_config") or self.generation_config
+            suppressed = kwargs.get("suppress_tokens") or getattr(config, "suppress_tokens", None) or []
+            kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
         return super().generate(*args, **kwargs)
 
     def _encode_images(self, model_kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
@@ -389,7 +400,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         # Key difference to most models: the first dimension of `pixel_values` is not the batch. Each copy of a row needs
         # all of that row's images again, in their order; encoded, they are only referred to several times.
         features = None
-        if expand_size > 1 and input_ids is not None and input_ids.shape[1] > 0:
+        if expand_size > 1:
             features = self._encode_images(model_kwargs)
         if features is not None:
             is_image = input_ids == self.config.image_token_id
@@ -443,7 +454,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         attention_mask = model_kwargs.pop("attention_mask", None)
         position_ids = model_kwargs.pop("position_ids", None)
 
-        if inputs_embeds is None and features is not None:
+        if features is not None:
             is_image = input_ids == self.config.image_token_id
             if int(is_image.sum()) != features.shape[0]:  # then they must be those of the new part alone
                 is_image[:, :start] = False
@@ -467,9 +478,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             chunk = input_ids[:, begin:end] if inputs_embeds is None else input_ids
             model_inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=True, **chunk_kwargs)
             if features is not None:
-                mine = features
-                if inputs_embeds is None and (begin, end) != (0, length):
-                    mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
+                mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
                 if len(mine):
                     image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])  # type: ignore[arg-type]
                     model_inputs["mm_encoder_outputs"] = {"image": image_outputs}

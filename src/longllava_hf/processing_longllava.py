@@ -185,6 +185,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             if not all(isinstance(sample, str) for sample in text):
                 raise ValueError("`text` must be a string or a list of strings.")
         pictures = [] if images is None else _flatten_pictures(images)
+        self._check_rows(images, text)
         films = [] if videos is None else [self._sampled(video, kwargs) for video in _flatten_videos(videos)]
         if text is None:
             return (pictures + films) or None, None, None, None
@@ -201,6 +202,20 @@ class LongLLaVAProcessor(ProcessorMixin):
         placeholder = re.compile("|".join(map(re.escape, queues)))
         ordered = [next(queues[token]) for sample in text for token in placeholder.findall(sample)]
         return ordered or None, text, None, None
+
+    def _check_rows(self, images, text) -> None:
+        """Pictures that come in one list for each prompt are those of that prompt."""
+        nested = isinstance(images, (list, tuple)) and all(
+            row is None or isinstance(row, (list, tuple)) for row in images
+        )
+        if text is None or not nested or len(images) != len(text) or len(text) < 2:
+            return
+        for number, (row, sample) in enumerate(zip(images, text)):
+            given, wanted = len(_flatten_pictures(row)), sample.count(self.image_token)
+            if given != wanted:
+                raise ValueError(
+                    f"Prompt {number} has {wanted} `{self.image_token}`, but {given} images were given for it."
+                )
 
     def _sampled(self, video, kwargs: dict) -> VideoFile | Frames:
         """A file with its sampling; frames as they are, or as many of them as asked for."""
@@ -221,6 +236,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise ValueError(
                 "`fps` needs a video file: frames that are already decoded do not say when they are shown."
             )
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
         if num_frames is not None and num_frames < len(frames):
             frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))
         return frames
@@ -341,6 +358,10 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")
         elif role == "assistant":
             raise ValueError(f"{name} has type `{kind}`, but only the user can show something.")
+        if kind == "video":
+            # A list in one block is one video, its frames given as pictures of any kind.
+            keys = [key for key in ("video", "url", "path") if isinstance(block.get(key), (list, tuple))]
+            block = {**block, **{key: Frames(block[key]) for key in keys}}
         return copy.copy(block) if block["type"] != "image_url" else {"type": "image", "url": _image_url(block)}
 
     def _check_text(self, text: str, name: str) -> None:
@@ -401,6 +422,8 @@ def _is_array(item: Any, ndim: int) -> bool:
 
 
 def _flatten_pictures(images) -> list:
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flatten_pictures(item)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
