@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint({str(tmp_path / "source")!r}, {str(tmp_path / "native")!r})
 print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     total, grown = map(int, result.stdout.split()[-2:])
     assert total > 300e6 and grown < 0.25 * total, (total, grown)
 
