@@ -376,9 +376,9 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
         inputs_embeds = kwargs.get("inputs_embeds")
-        if inputs_embeds is not None and any(name in kwargs for name in images):
+        if inputs_embeds is not None and (encoded := self._encode_images(kwargs)) is not None:
             # Only embeddings say where pictures go: put them there before anything is cut or copied.
-            features = torch.cat(self._encode_images(kwargs)).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = torch.cat(encoded).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
             kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
         if self.config.image_token_id < self.config.get_text_config().vocab_size:
