@@ -316,10 +316,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             ValueError: for an empty conversation, an unknown role or block, and for `<image>` or `<video>` written in
                 a text, which would be taken for a picture.
         """
-        conversation = self._checked(conversation)
-        if "return_tensors" in kwargs and kwargs["return_tensors"] is None:
-            kwargs.pop("return_tensors")
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
 
     def _checked(self, conversation):
         """A copy of one conversation or a batch of them, in which everything is known."""
@@ -362,7 +359,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             # A list in one block is one video, its frames given as pictures of any kind.
             keys = [key for key in ("video", "url", "path") if isinstance(block.get(key), (list, tuple))]
             block = {**block, **{key: Frames(block[key]) for key in keys}}
-        return copy.copy(block) if block["type"] != "image_url" else {"type": "image", "url": _image_url(block)}
+        return copy.copy(block)
 
     def _check_text(self, text: str, name: str) -> None:
         for token in (self.image_token, self.video_token):
@@ -410,11 +407,6 @@ class _Replacement(str):
         replacement = super().__new__(cls, text)
         replacement.kind = kind
         return replacement
-
-
-def _image_url(block: dict) -> Any:
-    url = block.get("image_url")
-    return url.get("url", "") if isinstance(url, dict) else url
 
 
 def _is_array(item: Any, ndim: int) -> bool:
