@@ -24,6 +24,7 @@ from .image_processing_longllava import LongLLaVAImageProcessor
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
 from .processing_longllava import LongLLaVAProcessor
+from .quantization_longllava import LongLLaVAInt8Config, register_quantization
 
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ def _register() -> None:
     AutoImageProcessor.register(LongLLaVAConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
     register_expert_conversion()
+    register_quantization()
 
 
 _register()
@@ -58,6 +60,7 @@ __all__ = [
     "LongLLaVAForCausalLM",
     "LongLLaVAForConditionalGeneration",
     "LongLLaVAImageProcessor",
+    "LongLLaVAInt8Config",
     "LongLLaVAModel",
     "LongLLaVAProcessor",
     "LongLLaVATextConfig",

@@ -11,17 +11,19 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from glob import glob
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
+from .quantization_longllava import row_quantizer
 
 
 logger = logging.get_logger(__name__)
@@ -29,23 +31,97 @@ logger = logging.get_logger(__name__)
 _VISION_TOWER = "vision_tower."
 
 
+class StackExperts(ConversionOps):
+    """
+    One tensor for each expert and part to one tensor with all rows: those of expert 0's first part, its second part,
+    expert 1's first part, and so on. Each is read, quantised where that goes by rows, and put in its place before the
+    next one is read, so that at most one of them is in memory besides the result.
+    """
+
+    # Set by `ExpertConverter`, for each tensor.
+    quantization_operation: ConversionOps | None = None
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name="", config=None, **kwargs):
+        num_experts = config.get_text_config().num_experts
+        found = [len(input_dict.get(pattern, ())) for pattern in source_patterns]
+        if found != [num_experts] * len(source_patterns):
+            raise ValueError(f"expected {num_experts} of each of {source_patterns}, found {found}")
+        pending = [part for expert in zip(*(input_dict[pattern] for pattern in source_patterns)) for part in expert]
+        by_rows = row_quantizer(self.quantization_operation)
+        stacked: list[torch.Tensor] = []
+        for i, part in enumerate(pending):
+            rows = part.result() if isinstance(part, Future) else part()
+            pending[i] = None
+            pieces = by_rows[0](rows) if by_rows else (rows,)
+            if i == 0:
+                stacked = [piece.new_empty(len(pending) * len(piece), *piece.shape[1:]) for piece in pieces]
+            for whole, piece in zip(stacked, pieces):
+                whole.narrow(0, i * len(piece), len(piece)).copy_(piece)
+        if by_rows:
+            return by_rows[1](full_layer_name, *stacked)
+        converted = {full_layer_name: stacked[0]}
+        if self.quantization_operation is not None:
+            return self.quantization_operation.convert(converted, full_layer_name=full_layer_name, **kwargs)
+        return converted
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """The inverse of [`StackExperts`]; experts that are quantised stay as they are."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, full_layer_name="", **kwargs):
+        (tensors,) = input_dict.values()
+        stacked = tensors[0] if isinstance(tensors, list) else tensors
+        before = full_layer_name.split(".experts.")[0]
+        if not stacked.is_floating_point():
+            return {f"{before}.experts.{source_patterns[0].rpartition('.experts.')[2].partition('(')[0]}": stacked}
+        num_experts = config.get_text_config().num_experts
+        parts = stacked.chunk(num_experts * len(target_patterns))
+        names = [pattern.rpartition(".experts.*")[2] for pattern in target_patterns]
+        return {
+            f"{before}.experts.{i // len(names)}{names[i % len(names)]}": part for i, part in enumerate(parts)
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return StackExperts()
+
+
+class ExpertConverter(WeightConverter):
+    """Hands the operation tensors that are not read yet, and leaves quantising to it."""
+
+    __slots__ = ()
+
+    def materialize_tensors(self):
+        (operation,) = self.operations
+        if isinstance(operation, SplitExperts):
+            return super().materialize_tensors()
+        collected = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+        operation.quantization_operation, self.quantization_operation = self.quantization_operation, None
+        return collected
+
+
 def register_expert_conversion() -> None:
     """Tell Transformers that experts are stored one by one and used stacked. Saving undoes it."""
     register_checkpoint_conversion_mapping(
         LongLLaVATextConfig.model_type,
         [
-            WeightConverter(
+            ExpertConverter(
                 source_patterns=[
                     "feed_forward.experts.*.gate_proj.weight",
                     "feed_forward.experts.*.up_proj.weight",
                 ],
-                target_patterns="feed_forward.experts.gate_up_proj",
-                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+                target_patterns=r"feed_forward.experts.gate_up_proj.weight(?!\w)",
+                operations=[StackExperts()],
             ),
-            WeightConverter(
+            ExpertConverter(
                 source_patterns="feed_forward.experts.*.down_proj.weight",
-                target_patterns="feed_forward.experts.down_proj",
-                operations=[MergeModulelist(dim=0)],
+                target_patterns=r"feed_forward.experts.down_proj.weight(?!\w)",
+                operations=[StackExperts()],
             ),
         ],
         overwrite=True,
@@ -128,6 +204,39 @@ def read_lazily(checkpoint_files: Iterable[str]) -> dict:
     return tensors
 
 
+class _OwnedSlice:
+    """
+    A tensor of a safetensors file that is read into memory of its own, and of which nothing stays mapped afterwards:
+    the pages of a mapped file would count as the process's memory for as long as the file is open.
+    """
+
+    def __init__(self, file: str, name: str):
+        self.file, self.name = file, name
+
+    def __getitem__(self, index) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as pointer:
+            return pointer.get_slice(self.name)[index].clone()
+
+    def _described(self, what: str):
+        with safe_open(self.file, framework="pt") as pointer:
+            return getattr(pointer.get_slice(self.name), what)()
+
+    def get_shape(self) -> list[int]:
+        return self._described("get_shape")
+
+    def get_dtype(self) -> str:
+        return self._described("get_dtype")
+
+
+def read_one_by_one(checkpoint_files: Iterable[str]) -> dict[str, _OwnedSlice]:
+    """As [`read_lazily`], for safetensors files of which only one tensor is to be in memory at a time."""
+    tensors = {}
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as pointer:
+            tensors.update({name: _OwnedSlice(file, name) for name in pointer.keys()})
+    return tensors
+
+
 def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None) -> dict[str, torch.Tensor]:
     """
     The tower's weights, under native names, for a checkpoint that has none of its own.
@@ -150,9 +259,9 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
 
 
 def expert_names(stacked: str, num_experts: int) -> list[str]:
-    """The names on disk of what is stacked in memory as `...experts.gate_up_proj` or `...experts.down_proj`."""
+    """The names on disk of what is stacked in memory as `...experts.gate_up_proj.weight` or `down_proj.weight`."""
     prefix, _, weight = stacked.rpartition(".experts.")
-    parts = ["gate_proj", "up_proj"] if weight == "gate_up_proj" else ["down_proj"]
+    parts = ["gate_proj", "up_proj"] if weight.startswith("gate_up_proj") else ["down_proj"]
     return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
 
 
@@ -195,6 +304,10 @@ def _raise_on_problems(
         )
 
 
+def _operations(conversion: WeightTransform) -> list[ConversionOps]:
+    return getattr(conversion, "operations", [])
+
+
 def load_published_checkpoint(
     load: Callable, model: PreTrainedModel, state_dict, checkpoint_files, load_config, **kwargs
 ):
@@ -211,7 +324,14 @@ def load_published_checkpoint(
     names = published_names(model.config)
     # Tensors that the caller hands over are what they are: only files are held to be complete.
     is_file = state_dict is None
-    tensors = read_lazily(checkpoint_files) if is_file else state_dict
+    quantizer = load_config.hf_quantizer
+    is_quantized_now = quantizer is not None and not quantizer.pre_quantized
+    if not is_file:
+        tensors = state_dict
+    elif is_quantized_now and all(file.endswith(".safetensors") for file in checkpoint_files):
+        tensors = state_dict = read_one_by_one(checkpoint_files)
+    else:
+        tensors = read_lazily(checkpoint_files)
     present = {to_native_name(name, names) for name in tensors}
     is_composite = model.config.get_text_config() is not model.config
     if is_file and not checkpoint_files[0].endswith(".safetensors"):
@@ -224,8 +344,14 @@ def load_published_checkpoint(
     renamings = [WeightRenaming(pattern, replacement) for pattern, replacement in names]
     load_config = dataclasses.replace(load_config, weight_mapping=[*renamings, *conversions])
     loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
-    # Saving writes the native layout, whatever was read.
-    model._weight_conversions = [c for c in model._weight_conversions if c not in renamings]
+    # Saving writes the native layout, whatever was read, and experts one by one once they are dequantised.
+    used = {id(conversion) for conversion in model._weight_conversions}
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if isinstance(conversion, ExpertConverter)
+        or (id(conversion) in used and not any(hasattr(op, "hf_quantizer") for op in _operations(conversion)))
+    ]
     if is_file:
         source = load_config.pretrained_model_name_or_path
         _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)

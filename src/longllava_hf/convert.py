@@ -67,8 +67,8 @@ def expected_shapes(config: LongLLaVAConfig) -> dict[str, tuple[int, ...]]:
         if name in tied:
             continue
         if ".experts." in name:
-            rows = tensor.shape[1] // 2 if name.endswith("gate_up_proj") else tensor.shape[1]
-            shapes.update(dict.fromkeys(expert_names(name, tensor.shape[0]), (rows, tensor.shape[2])))
+            parts = expert_names(name, config.get_text_config().num_experts)
+            shapes.update(dict.fromkeys(parts, (tensor.shape[0] // len(parts), tensor.shape[1])))
         else:
             shapes[name] = tuple(tensor.shape)
     return shapes

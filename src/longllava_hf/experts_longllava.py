@@ -1,13 +1,23 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """The feed-forward half of a decoder layer: one dense MLP, or a router and its experts (arXiv 2403.19887, section 2)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
 
 from .configuration_longllava import LongLLaVATextConfig
+from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
+
+
+# Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
+_FEW_TOKENS = 8
 
 
 class LongLLaVAMLP(nn.Module):
@@ -48,34 +58,332 @@ class LongLLaVATopKRouter(nn.Module):
         return router_logits, weights.to(hidden_states.dtype), experts
 
 
-@use_experts_implementation
+class _RecomputedLinear(torch.autograd.Function):
+    """A frozen matrix that is dequantised twice, in the forward and in the backward pass, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ctx.matrix = matrix
+        return F.linear(hidden_states, matrix())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        return grad_output @ ctx.matrix(), None
+
+
+class _BlockwiseWeight:
+    """Bitsandbytes' 4-bit format, one expert at a time."""
+
+    def __init__(self, weight: Any, num_experts: int):
+        import bitsandbytes.functional as bnb
+
+        self.functional = bnb
+        self.state = state = weight.quant_state
+        rows, columns = state.shape
+        self.shape = torch.Size((num_experts, rows // num_experts, columns))
+        size = self.shape[1] * columns
+        if size % state.blocksize:
+            # An expert does not end where a block of values with one scale does.
+            dense = bnb.dequantize_4bit(weight.data, state).view(self.shape)
+            self.packed, self.absmax = dense, None
+            return
+        absmax = state.absmax
+        if state.nested:
+            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        self.packed = weight.data.view(torch.uint8).reshape(num_experts, size // 2, 1)
+        self.absmax = absmax.float().view(num_experts, size // state.blocksize)
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        if self.absmax is None:
+            return self.packed[expert].to(dtype)
+        state = self.functional.QuantState(
+            absmax=self.absmax[expert].contiguous(),
+            shape=self.shape[1:],
+            code=self.state.code,
+            blocksize=self.state.blocksize,
+            quant_type=self.state.quant_type,
+            dtype=dtype,
+        )
+        return self.functional.dequantize_4bit(self.packed[expert].contiguous(), state)
+
+
+@dataclass
+class ExpertWeights:
+    """
+    What is inside a linear layer that holds all experts' rows, whatever a quantiser or an adapter made of it.
+
+    weight (`(experts, rows, columns)`): floating point, int8 with `scale`, or in bitsandbytes' 4-bit format.
+    scale (`(experts, rows)`): float32, for int8.
+    adapters: LoRA's, as `(dropout, A, B, scaling)`. A is shared by all experts, each has its rows of B.
+    """
+
+    weight: torch.Tensor | _BlockwiseWeight
+    scale: torch.Tensor | None = None
+    adapters: list[tuple[nn.Module, nn.Module, torch.Tensor, float]] = field(default_factory=list)
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """One expert's matrix `(rows, columns)`, dequantised."""
+        if isinstance(self.weight, _BlockwiseWeight):
+            return self.weight.matrix(expert, dtype)
+        matrix = self.weight[expert].to(dtype)
+        return matrix if self.scale is None else matrix * self.scale[expert, :, None].to(dtype)
+
+    def _add_adapters(self, output: torch.Tensor, hidden_states: torch.Tensor, expand: Callable) -> torch.Tensor:
+        for dropout, lora_a, lora_b, scaling in self.adapters:
+            low_rank = lora_a(dropout(hidden_states.to(lora_a.weight.dtype)))
+            output = output + (expand(low_rank, lora_b) * scaling).to(output.dtype)
+        return output
+
+    def linear(self, hidden_states: torch.Tensor, expert: int, rows: slice = slice(None)) -> torch.Tensor:
+        """`(tokens, columns)` to `(tokens, rows)` through one expert, or some rows of it."""
+        if isinstance(self.weight, _BlockwiseWeight):
+            dtype = hidden_states.dtype
+            output = _RecomputedLinear.apply(hidden_states, lambda: self.matrix(expert, dtype)[rows])
+        else:
+            scale = None if self.scale is None else self.scale[expert, rows]
+            output = scaled_linear(hidden_states, self.weight[expert, rows], scale)
+        return self._add_adapters(
+            output, hidden_states, lambda low_rank, lora_b: F.linear(low_rank, lora_b[expert, rows])
+        )
+
+    def halves(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two halves of [`~ExpertWeights.linear`]'s rows, each contiguous where that costs nothing."""
+        if isinstance(self.weight, _BlockwiseWeight):
+            first, second = self.linear(hidden_states, expert).chunk(2, dim=-1)
+            return first, second
+        half = self.weight.shape[1] // 2
+        return self.linear(hidden_states, expert, slice(half)), self.linear(hidden_states, expert, slice(half, None))
+
+    def grouped(self, hidden_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """`(tokens, columns)`, sorted by expert, to `(tokens, rows)`, each through its own."""
+        output = grouped_linear(hidden_states, self.weight, offsets, self.scale)  # type: ignore[arg-type]
+        return self._add_adapters(
+            output, hidden_states, lambda low_rank, lora_b: grouped_linear(low_rank, lora_b, offsets)
+        )
+
+
+def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[nn.Module, nn.Module, torch.Tensor, float]]:
+    """
+    The active adapters of a layer that PEFT has wrapped.
+
+    Raises:
+        NotImplementedError: for an adapter other than plain LoRA, which would have no effect here.
+    """
+    if layer.disable_adapters or layer.merged:
+        if layer.merged and layer.disable_adapters:
+            layer.unmerge()
+        return []
+    active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", layer.active_adapters)]
+    is_plain = hasattr(layer, "lora_A") and not hasattr(layer, "parameter_name")
+    if not is_plain or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+        raise NotImplementedError(
+            f"On experts only plain LoRA through `target_modules` works, but {type(layer).__name__} with adapters"
+            f" {active} is something else. Leave `gate_up_proj` and `down_proj` of `experts` out of its targets."
+        )
+    return [
+        (
+            layer.lora_dropout[name],
+            layer.lora_A[name],
+            layer.lora_B[name].weight.unflatten(0, (num_experts, -1)),
+            layer.scaling[name],
+        )
+        for name in active
+    ]
+
+
+@contextmanager
+def unpack_experts(layer: nn.Module, num_experts: int) -> Iterator[ExpertWeights]:
+    """
+    The weights of a linear layer that holds all experts' rows one below the other. Where accelerate keeps them
+    elsewhere, they are here as long as the context is open.
+
+    Args:
+        layer (`nn.Module`): `nn.Linear`, or what bitsandbytes, torchao, this package's own int8 or PEFT made of it.
+        num_experts (`int`).
+
+    Raises:
+        NotImplementedError: for any other layer.
+    """
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    hook: Any = getattr(base, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(base)
+    try:
+        weight: Any = base.weight
+        scale = getattr(base, "weight_scale", None)
+        if getattr(weight, "quant_state", None) is not None:
+            experts = ExpertWeights(_BlockwiseWeight(weight, num_experts))
+        else:
+            if weight.dtype == torch.int8 and scale is None:
+                # Bitsandbytes keeps the scales at the weight until the layer is first called, and as 127 times ours.
+                scb = weight.SCB if getattr(weight, "SCB", None) is not None else base.state.SCB
+                scale = scb.float() / 127
+            elif type(weight.data) is not torch.Tensor and type(weight) is not nn.Parameter:
+                if not hasattr(weight, "dequantize"):
+                    raise NotImplementedError(f"Experts cannot be computed from a weight of type {type(weight)}.")
+                weight = weight.dequantize()
+            if scale is not None:
+                weight = weight.data
+                scale = scale.view(num_experts, -1)
+            experts = ExpertWeights(weight.view(num_experts, -1, weight.shape[-1]), scale)
+        if base is not layer:
+            experts.adapters = _lora_adapters(layer, num_experts)
+        yield experts
+    finally:
+        if hook is not None:
+            hook.post_forward(base, None)
+
+
+def experts_reference(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act_fn: Callable,
+) -> torch.Tensor:
+    """
+    The weighted sum over each token's experts of `down(act(gate(x)) * up(x))`, to be read.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`).
+        top_k_index, top_k_weights (`torch.Tensor` of shape `(tokens, top_k)`): each token's experts, and their weights.
+        gate_up, down (`ExpertWeights`).
+        act_fn (`Callable`).
+
+    Returns:
+        `torch.Tensor` of shape `(tokens, hidden_size)`.
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        token, choice = torch.where(top_k_index == expert)
+        gate, up = gate_up.linear(hidden_states[token], expert).chunk(2, dim=-1)
+        expert_output = down.linear(act_fn(gate) * up, expert)
+        output.index_add_(0, token, expert_output * top_k_weights[token, choice, None].to(expert_output.dtype))
+    return output
+
+
+def experts_by_turn(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act_fn: Callable,
+) -> torch.Tensor:
+    """
+    As [`experts_reference`]; one sort in place of a search for each expert, and gate and up apart, so that what is
+    between the products is contiguous. An expert's tokens are done with before the next one's are touched, which suits
+    a cache.
+    """
+    pairs = top_k_index.flatten()
+    expert_of_pair, order = pairs.sort(stable=True)
+    token = order // top_k_index.shape[1]
+    weights = top_k_weights.flatten()[order, None]
+    counts = torch.bincount(expert_of_pair, minlength=gate_up.weight.shape[0]).tolist()
+    output, start = torch.zeros_like(hidden_states), 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = token[start : start + count]
+        gate, up = gate_up.halves(hidden_states[rows], expert)
+        expert_output = down.linear(act_fn(gate) * up, expert) * weights[start : start + count]
+        output.index_add_(0, rows, expert_output.to(output.dtype))
+        start += count
+    return output
+
+
+def experts_grouped(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act_fn: Callable,
+) -> torch.Tensor:
+    """As [`experts_reference`], all experts in one product; the host never waits for the device."""
+    tokens, top_k = top_k_index.shape
+    expert_of_pair, order = top_k_index.flatten().sort(stable=True)
+    experts = torch.arange(gate_up.weight.shape[0], device=order.device)
+    offsets = torch.searchsorted(expert_of_pair, experts, right=True)
+    gate, up = gate_up.grouped(hidden_states[order // top_k], offsets).chunk(2, dim=-1)
+    output = down.grouped(act_fn(gate) * up, offsets)
+    # Back in the order of the tokens, where a token's experts lie side by side: their sum is a small product, and the
+    # same at every run, as atomic additions would not be.
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    output = output[inverse].view(tokens, top_k, -1)
+    return (top_k_weights.unsqueeze(1) @ output).squeeze(1)
+
+
+def experts_routed(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act_fn: Callable,
+) -> torch.Tensor:
+    """As [`experts_reference`], for a few tokens, SiLU, and neither adapters nor gradients."""
+    return routed_mlp_triton(
+        hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight, gate_up.scale, down.scale
+    )
+
+
+def choose_experts_implementation(
+    requested: str | None,
+    hidden_states: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    act_fn: Callable,
+) -> Callable:
+    """
+    Which of the functions above computes the experts.
+
+    Args:
+        requested (`str`, *optional*): `"eager"` asks for the reference; with Transformers' other names it is the
+            fastest one there is for the device and the weights.
+    """
+    if requested == "eager":
+        return experts_reference
+    is_blockwise = isinstance(gate_up.weight, _BlockwiseWeight) or isinstance(down.weight, _BlockwiseWeight)
+    if is_blockwise or not (has_triton_kernels(hidden_states) or hidden_states.device.type == "meta"):
+        return experts_by_turn
+    needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.weight.requires_grad)
+    is_plain = isinstance(act_fn, nn.SiLU) and not gate_up.adapters and not down.adapters
+    if len(hidden_states) <= _FEW_TOKENS and is_plain and not needs_grad and hidden_states.is_cuda:
+        return experts_routed
+    return experts_grouped
+
+
 class LongLLaVAExperts(nn.Module):
     """
-    All experts of a layer, their weights stacked. `forward` here is the readable reference; Transformers dispatches to
-    `config._experts_implementation` (`eager`, `batched_mm`, `grouped_mm`) with the same arguments.
+    All experts of a layer. Key difference to Transformers' experts: their weights are two linear layers, one expert's
+    rows below the other's, so that whatever handles linear layers handles experts: quantisers replace, save and
+    dequantise them, and `target_modules` of LoRA finds them. They are read, not called.
     """
 
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(config.num_experts, 2 * config.intermediate_size, config.hidden_size)
-        )
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size))
+        rows = 2 * config.intermediate_size * config.num_experts
+        self.gate_up_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, token, expert_output * top_k_weights[token, choice, None].to(expert_output.dtype))
-        return output
-
+        with (
+            unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
+            unpack_experts(self.down_proj, self.num_experts) as down,
+        ):
+            requested = self.config._experts_implementation
+            experts_forward = choose_experts_implementation(requested, hidden_states, gate_up, down, self.act_fn)
+            return experts_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
 
 class LongLLaVASparseMoeBlock(nn.Module):
     """A router and its experts, in place of the dense MLP."""
@@ -91,4 +399,15 @@ class LongLLaVASparseMoeBlock(nn.Module):
         return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
 
 
-__all__ = ["LongLLaVAExperts", "LongLLaVAMLP", "LongLLaVASparseMoeBlock", "LongLLaVATopKRouter"]
+__all__ = [
+    "ExpertWeights",
+    "LongLLaVAExperts",
+    "LongLLaVAMLP",
+    "LongLLaVASparseMoeBlock",
+    "LongLLaVATopKRouter",
+    "experts_by_turn",
+    "experts_grouped",
+    "experts_reference",
+    "experts_routed",
+    "unpack_experts",
+]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -30,8 +30,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .configuration_longllava import LongLLaVATextConfig
-from .experts_longllava import LongLLaVAExperts, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .experts_longllava import LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .quantization_longllava import prepare_quantization, scale_bytes, stored_quantization
 from .selective_scan_longllava import causal_conv1d, selective_scan
+
+
+# What says where a configuration comes from.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class LongLLaVARMSNorm(nn.Module):
@@ -361,21 +366,30 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
             steps = torch.exp(torch.empty(module.intermediate_size).uniform_(math.log(1e-3), math.log(1e-1)))
             if (bias := module._deferred_bias()) is not None:
                 init.copy_(bias, steps + torch.log(-torch.expm1(-steps)))
-        elif isinstance(module, LongLLaVAExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, LongLLaVATopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         r"""
-        As [`~PreTrainedModel.from_pretrained`], for native and published checkpoints.
+        As [`~PreTrainedModel.from_pretrained`], for native and published checkpoints. Whatever `quantization_config`
+        asks for, [`KEPT_MODULES`] keep the model's dtype.
 
         Raises:
-            ValueError: listing the weights that are missing or of another shape; none is ever left random.
+            ValueError: listing the weights that are missing or of another shape (none is ever left random); if the
+                checkpoint is quantised otherwise than asked for; or if the weights do not fit the device.
+            ImportError: if a quantiser is asked for that is not installed.
             OSError: if there are no weights, or a file of them is damaged.
         """
+        requested = kwargs.get("quantization_config")
+        config = kwargs.get("config")
+        if config is None and pretrained_model_name_or_path is not None:
+            own = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **own)
+        stored = stored_quantization(config) if isinstance(config, PreTrainedConfig) else None
+        requested = prepare_quantization(requested, stored, pretrained_model_name_or_path)
+        if requested is not None:
+            kwargs["quantization_config"] = requested
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except (SafetensorError, UnpicklingError, EOFError) as error:
@@ -383,6 +397,10 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
             raise OSError(
                 f"The weights of `{pretrained_model_name_or_path}` are damaged: {damaged or error}"
             ) from error
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""
+        return super().get_memory_footprint(return_buffers) + scale_bytes(self)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):

@@ -1,0 +1,282 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Fewer bytes for each weight. What is quantised is what most weights are, experts, dense MLPs and attention; all else keeps
+the model's dtype, whichever quantiser is asked for. One quantiser is this package's own: weight-only int8 (ExpertsInt8,
+arXiv 2408.12570, section 4), which needs nothing but torch.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .grouped_linear_longllava import grouped_linear, has_triton_kernels, quantize_rows, scaled_linear
+
+
+INT8_METHOD = "longllava_int8"
+
+KEPT_MODULES = ("mamba", "router", "embed_tokens", "lm_head", "multi_modal_projector", "vision_tower")
+"""Modules, by a part of their path, that every quantiser leaves in the model's dtype."""
+
+
+def skip_patterns(names: list[str] | None) -> list[str]:
+    """
+    What to tell a quantiser to leave alone: [`KEPT_MODULES`] and `names`.
+
+    Args:
+        names (`list[str]`, *optional*): the user's. Transformers finds a name at the start or the end of a path; here
+            it counts in the middle too, so that `"mamba"` means `model.language_model.layers.0.mamba.in_proj`.
+    """
+    names = list(names or ())
+    anywhere = [rf".*\b(?:{name})\b" for name in (*KEPT_MODULES, *names) if not name.startswith(".*")]
+    return list(dict.fromkeys([*anywhere, *names]))
+
+
+class LongLLaVAInt8Config(QuantizationConfigMixin):
+    """
+    Weight-only int8: each row of a weight is int8 with a float32 scale, and multiplied in the dtype of the activations.
+    Runs wherever torch does; Triton makes it fast on a GPU.
+
+    Args:
+        modules_to_not_convert (`list[str]`, *optional*):
+            Names of modules, or of a part of their path, to leave as they are, besides [`KEPT_MODULES`].
+    """
+
+    def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs):
+        self.quant_method = INT8_METHOD  # type: ignore[assignment]
+        self.modules_to_not_convert = modules_to_not_convert
+
+
+class LongLLaVAInt8Linear(nn.Linear):
+    """
+    A frozen linear layer: `weight` `(out_features, in_features)` in int8, `weight_scale` `(out_features,)` in float32.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None):
+        super().__init__(in_features, out_features, bias=bias, device=device)
+        self.weight = nn.Parameter(self.weight.to(torch.int8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(out_features, device=device), requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # A scale follows its weight to another device, but not the model to another dtype.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = nn.Parameter(scale.data.to(self.weight_scale.device), requires_grad=False)
+        return self
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if has_triton_kernels(hidden_states):
+            rows = hidden_states.reshape(-1, self.in_features)
+            offsets = torch.full((1,), len(rows), device=rows.device)
+            output = grouped_linear(rows, self.weight[None], offsets, self.weight_scale[None])
+            output = output.view(*hidden_states.shape[:-1], self.out_features)
+        else:
+            output = scaled_linear(hidden_states, self.weight, self.weight_scale)
+        return output if self.bias is None else output + self.bias
+
+    def dequantize(self, dtype: torch.dtype) -> nn.Linear:
+        """The linear layer that this one stands for."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter((self.weight.float() * self.weight_scale[:, None]).to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear
+
+
+class LongLLaVAInt8Quantize(ConversionOps):
+    """One floating-point weight to an int8 weight and its scales, while a checkpoint is read."""
+
+    def convert(self, input_dict, full_layer_name=None, **kwargs):
+        ((name, tensor),) = input_dict.items()
+        weight, scale = quantize_rows(tensor[0] if isinstance(tensor, list) else tensor)
+        return {name: weight, f"{name}_scale": scale}
+
+
+def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] | None:
+    """
+    How to do by rows what a quantiser's operation does to a whole weight, or `None` where that cannot be done.
+
+    Returns:
+        a function from rows to their int8 values and scales, and one from the name, the values and the scales of all
+        rows to what the operation returns.
+    """
+    if isinstance(operation, LongLLaVAInt8Quantize):
+        return quantize_rows, lambda name, values, scales: {name: values, f"{name}_scale": scales}
+    if type(operation).__name__ != "Bnb8bitQuantize":
+        return None
+    import bitsandbytes as bnb
+
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return bnb.functional.int8_vectorwise_quant(rows.contiguous().half())[:2]
+
+    def collect(name: str, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scales)}
+
+    return quantize, collect
+
+
+class LongLLaVAInt8HfQuantizer(HfQuantizer):
+    """Puts [`LongLLaVAInt8Linear`] in the place of linear layers, for [`LongLLaVAInt8Config`]."""
+
+    requires_calibration = False
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, LongLLaVAInt8Linear) and name == "weight"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            return 1
+        return super().param_element_size(model, param_name, param)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
+        skipped = skip_patterns(self.quantization_config.modules_to_not_convert)  # type: ignore[attr-defined]
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and should_convert_module(name, skipped):
+                with torch.device("meta"):
+                    quantized = LongLLaVAInt8Linear(module.in_features, module.out_features, module.bias is not None)
+                if not self.pre_quantized:
+                    # Older releases of Transformers cast a weight to the dtype found here before it is quantised.
+                    quantized.weight = nn.Parameter(module.weight.data, requires_grad=False)
+                model.set_submodule(name, quantized)
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return LongLLaVAInt8Quantize()
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LongLLaVAInt8Linear):
+                model.set_submodule(name, module.dequantize(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def describe_quantization(config: QuantizationConfigMixin | dict) -> str:
+    """`"bitsandbytes int8"`, say: what distinguishes one quantised checkpoint from another."""
+    settings = config if isinstance(config, dict) else config.to_dict()
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes int8"
+    if settings.get("load_in_4bit"):
+        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', 'fp4')}"
+    return str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+
+
+def prepare_quantization(
+    requested: QuantizationConfigMixin | dict | None, stored: QuantizationConfigMixin | dict | None, source: Any
+) -> QuantizationConfigMixin | None:
+    """
+    The quantisation to load a checkpoint with.
+
+    Args:
+        requested (`QuantizationConfigMixin` or `dict`, *optional*): what the caller passed; left as it is.
+        stored (`QuantizationConfigMixin` or `dict`, *optional*): what the checkpoint is quantised with already.
+        source: the checkpoint's name, for messages.
+
+    Returns:
+        a copy of `requested` that names all modules to leave alone, see [`skip_patterns`].
+
+    Raises:
+        ValueError: if the checkpoint is quantised, and otherwise than requested.
+        ImportError: if bitsandbytes is needed and missing.
+    """
+    wanted = requested if requested is not None else stored
+    if wanted is None:
+        return None
+    if requested is not None and stored is not None:
+        found, expected = describe_quantization(stored), describe_quantization(requested)
+        if found != expected:
+            raise ValueError(
+                f"`{source}` is already quantised ({found}), but `quantization_config` asks for {expected}. Leave"
+                " `quantization_config` out to load it as it is, or quantise the checkpoint it was made from."
+            )
+    if describe_quantization(wanted).startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
+        alternative = (
+            "" if stored is not None else " Int8 works without it: `quantization_config=LongLLaVAInt8Config()`."
+        )
+        raise ImportError(
+            f"{describe_quantization(wanted)} needs bitsandbytes: `pip install 'longllava_hf[int8]'`.{alternative}"
+        )
+    if requested is None or stored is not None:
+        return requested  # type: ignore[return-value]
+    prepared: Any = (
+        AutoQuantizationConfig.from_dict(requested) if isinstance(requested, dict) else copy.deepcopy(requested)
+    )
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(prepared, name):
+            setattr(prepared, name, skip_patterns(getattr(prepared, name)))
+    return prepared
+
+
+def stored_quantization(config: PreTrainedConfig) -> QuantizationConfigMixin | dict | None:
+    """What a checkpoint's configuration says that it is quantised with."""
+    return getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+
+
+def scale_bytes(model: nn.Module) -> int:
+    """Bytes of scales that bitsandbytes keeps beside its parameters, and `parameters()` does not find."""
+    total = 0
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        tensors = []
+        if getattr(weight, "quant_state", None) is not None:
+            state = weight.quant_state
+            tensors = [state.absmax]
+            if state.nested:
+                tensors += [state.state2.absmax, state.offset]
+        elif getattr(weight, "dtype", None) == torch.int8:
+            kept_in_state = getattr(getattr(module, "state", None), "SCB", None)
+            scales = getattr(weight, "SCB", None)
+            tensors = [kept_in_state if scales is None else scales]
+        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return total
+
+
+def register_quantization() -> None:
+    """Tell Transformers of `quant_method: longllava_int8`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    if INT8_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(INT8_METHOD)(LongLLaVAInt8HfQuantizer)
+    if INT8_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(INT8_METHOD)(LongLLaVAInt8Config)
+
+
+__all__ = [
+    "KEPT_MODULES",
+    "LongLLaVAInt8Config",
+    "LongLLaVAInt8HfQuantizer",
+    "LongLLaVAInt8Linear",
+    "prepare_quantization",
+    "register_quantization",
+    "row_quantizer",
+    "scale_bytes",
+    "skip_patterns",
+    "stored_quantization",
+]
