@@ -23,7 +23,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
-from .quantization_longllava import row_quantizer
+from .quantization_longllava import keep_4bit_layout, row_quantizer, use_weights_only
 
 
 logger = logging.get_logger(__name__)
@@ -115,12 +115,12 @@ def register_expert_conversion() -> None:
                     "feed_forward.experts.*.gate_proj.weight",
                     "feed_forward.experts.*.up_proj.weight",
                 ],
-                target_patterns=r"feed_forward.experts.gate_up_proj.weight(?!\w)",
+                target_patterns=r"feed_forward.experts.gate_up_proj.weight(?![\w.])",
                 operations=[StackExperts()],
             ),
             ExpertConverter(
                 source_patterns="feed_forward.experts.*.down_proj.weight",
-                target_patterns=r"feed_forward.experts.down_proj.weight(?!\w)",
+                target_patterns=r"feed_forward.experts.down_proj.weight(?![\w.])",
                 operations=[StackExperts()],
             ),
         ],
@@ -344,6 +344,9 @@ def load_published_checkpoint(
     renamings = [WeightRenaming(pattern, replacement) for pattern, replacement in names]
     load_config = dataclasses.replace(load_config, weight_mapping=[*renamings, *conversions])
     loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
+    if quantizer is not None:
+        keep_4bit_layout(model)
+        use_weights_only(model)
     # Saving writes the native layout, whatever was read, and experts one by one once they are dequantised.
     used = {id(conversion) for conversion in model._weight_conversions}
     model._weight_conversions = [

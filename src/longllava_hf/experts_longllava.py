@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_longllava import LongLLaVATextConfig
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
+from .quantization_longllava import int8_parts
 
 
 # Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
@@ -211,22 +212,16 @@ def unpack_experts(layer: nn.Module, num_experts: int) -> Iterator[ExpertWeights
         hook.pre_forward(base)
     try:
         weight: Any = base.weight
-        scale = getattr(base, "weight_scale", None)
         if getattr(weight, "quant_state", None) is not None:
             experts = ExpertWeights(_BlockwiseWeight(weight, num_experts))
+        elif (parts := int8_parts(base)) is not None:
+            experts = ExpertWeights(parts[0].view(num_experts, -1, weight.shape[-1]), parts[1].view(num_experts, -1))
         else:
-            if weight.dtype == torch.int8 and scale is None:
-                # Bitsandbytes keeps the scales at the weight until the layer is first called, and as 127 times ours.
-                scb = weight.SCB if getattr(weight, "SCB", None) is not None else base.state.SCB
-                scale = scb.float() / 127
-            elif type(weight.data) is not torch.Tensor and type(weight) is not nn.Parameter:
+            if type(weight.data) is not torch.Tensor:
                 if not hasattr(weight, "dequantize"):
                     raise NotImplementedError(f"Experts cannot be computed from a weight of type {type(weight)}.")
                 weight = weight.dequantize()
-            if scale is not None:
-                weight = weight.data
-                scale = scale.view(num_experts, -1)
-            experts = ExpertWeights(weight.view(num_experts, -1, weight.shape[-1]), scale)
+            experts = ExpertWeights(weight.view(num_experts, -1, weight.shape[-1]))
         if base is not layer:
             experts.adapters = _lora_adapters(layer, num_experts)
         yield experts

@@ -402,6 +402,10 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
         """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""
         return super().get_memory_footprint(return_buffers) + scale_bytes(self)
 
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """As [`~PreTrainedModel.dequantize`]; to the dtype of the weights that are not quantised, unless told."""
+        return super().dequantize(dtype or self.dtype)
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
         load = PreTrainedModel._load_pretrained_model
