@@ -42,6 +42,7 @@ from longllava_hf import (
     LongLLaVAProcessor,
 )
 from longllava_hf.image_processing_longllava import VideoFile
+from longllava_hf.quantization_longllava import QUANTIZATIONS, named_quantization
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
@@ -428,9 +429,10 @@ def ask(model, processor, conversations: list) -> list[str]:
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(checkpoint: str, films: int = 200, series: int = 300) -> dict[str, float]:
+def evaluate(checkpoint: str, quantization: str = "none", films: int = 200, series: int = 300) -> dict[str, float]:
     """Accuracy on held-out digits and footage, through the processor and `generate`, as a user would."""
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    quantization_config = named_quantization(quantization)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=quantization_config).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
     rng = random.Random(1)
     scans, digits = digit_scans()["test"]
@@ -495,6 +497,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint instead of training one")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="how to load that checkpoint")
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the README's examples instead")
     arguments = parser.parse_args()
     if arguments.examples is not None:
@@ -504,7 +507,7 @@ def main() -> None:
     if checkpoint is None:
         checkpoint = arguments.output
         train(checkpoint, arguments.tower_steps, arguments.steps, arguments.learning_rate, arguments.seed)
-    results = evaluate(checkpoint)
+    results = evaluate(checkpoint, arguments.quantization)
     for task, accuracy in results.items():
         print(f"{task:70s} {100 * accuracy:5.1f} %")
     Path(checkpoint, "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AutoQuantizationConfig,
@@ -28,6 +28,9 @@ from .grouped_linear_longllava import grouped_linear, has_triton_kernels, quanti
 
 
 INT8_METHOD = "longllava_int8"
+
+QUANTIZATIONS = ("none", "int8", "bnb-int8", "nf4")
+"""What [`named_quantization`] knows."""
 
 KEPT_MODULES = ("mamba", "router", "embed_tokens", "lm_head", "multi_modal_projector", "vision_tower")
 """Modules, by a part of their path, that every quantiser leaves in the model's dtype."""
@@ -221,6 +224,31 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
         return True
 
 
+def named_quantization(name: str, dtype: torch.dtype | None = None) -> QuantizationConfigMixin | None:
+    """
+    The configuration behind a short name.
+
+    Args:
+        name (`str`): `"none"`; `"int8"`, this package's own; `"bnb-int8"` or `"nf4"`, bitsandbytes', the latter with its
+            scales quantised too.
+        dtype (`torch.dtype`, *optional*): what 4-bit weights are multiplied in; by default that of the activations.
+    """
+    if name == "none":
+        return None
+    if name == "int8":
+        return LongLLaVAInt8Config()
+    if name == "bnb-int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("nf4 needs bitsandbytes: `pip install 'longllava_hf[int8]'`. Without it there is int8.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def describe_quantization(config: QuantizationConfigMixin | dict) -> str:
     """`"bitsandbytes int8"`, say: what distinguishes one quantised checkpoint from another."""
     settings = config if isinstance(config, dict) else config.to_dict()
@@ -326,11 +354,13 @@ def register_quantization() -> None:
 
 __all__ = [
     "KEPT_MODULES",
+    "QUANTIZATIONS",
     "LongLLaVAInt8Config",
     "LongLLaVAInt8HfQuantizer",
     "LongLLaVAInt8Linear",
     "int8_parts",
     "keep_4bit_layout",
+    "named_quantization",
     "prepare_quantization",
     "register_quantization",
     "row_quantizer",
