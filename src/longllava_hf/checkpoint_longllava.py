@@ -23,7 +23,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
-from .quantization_longllava import keep_4bit_layout, row_quantizer, use_weights_only
+from .quantization_longllava import bits_of, check_device_memory, keep_4bit_layout, row_quantizer, use_weights_only
 
 
 logger = logging.get_logger(__name__)
@@ -319,12 +319,16 @@ def load_published_checkpoint(
         load: that method of the parent class; the other arguments and the result are its own.
 
     Raises:
-        ValueError: listing every weight that is missing, of another shape, or not convertible.
+        ValueError: listing every weight that is missing, of another shape, or not convertible; or if a GPU is too
+            small for all of them.
     """
+    quantizer = load_config.hf_quantizer
+    source = load_config.pretrained_model_name_or_path
+    bits = bits_of(None if quantizer is None else quantizer.quantization_config)
+    check_device_memory(model, bits, load_config.device_map, source)
     names = published_names(model.config)
     # Tensors that the caller hands over are what they are: only files are held to be complete.
     is_file = state_dict is None
-    quantizer = load_config.hf_quantizer
     is_quantized_now = quantizer is not None and not quantizer.pre_quantized
     if not is_file:
         tensors = state_dict
@@ -337,7 +341,7 @@ def load_published_checkpoint(
     if is_file and not checkpoint_files[0].endswith(".safetensors"):
         state_dict = tensors  # read already, and once is enough
     if is_file and is_composite and not any(_VISION_TOWER in name for name in present):
-        tower = load_vision_tower(model.config, load_config.pretrained_model_name_or_path)
+        tower = load_vision_tower(model.config, source)
         state_dict = {**tensors, **tower}
 
     conversions = load_config.weight_mapping or []
@@ -356,7 +360,6 @@ def load_published_checkpoint(
         or (id(conversion) in used and not any(hasattr(op, "hf_quantizer") for op in _operations(conversion)))
     ]
     if is_file:
-        source = load_config.pretrained_model_name_or_path
         _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)
     return loading_info, offload_index
 

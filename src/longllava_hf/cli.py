@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `convert` and `info`."""
+"""The command line: `longllava ask`, `chat`, `convert`, `plan` and `info`."""
 
 import argparse
 import json
@@ -18,7 +18,9 @@ from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
 from .modeling_longllava import LongLLaVAForConditionalGeneration
+from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import LongLLaVAProcessor
+from .quantization_longllava import QUANTIZATIONS, named_quantization
 
 
 @dataclass
@@ -75,8 +77,13 @@ class Session:
     def __init__(self, arguments: argparse.Namespace):
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = AutoProcessor.from_pretrained(arguments.model)
-        model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto")
-        self.model = model.to(device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            arguments.model,
+            dtype="auto",
+            device_map={"": device},
+            quantization_config=named_quantization(arguments.quantization),
+        )
+        self.model = model.eval()
         self.arguments = arguments
         self.cache = DynamicCache(config=self.model.config)
         self.ids = torch.empty(1, 0, dtype=torch.long, device=device)
@@ -217,6 +224,41 @@ def info(arguments: argparse.Namespace) -> None:
         print(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) and 'id' not in name.split() else value}")
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    if (arguments.model is None) == (arguments.shape is None):
+        raise ValueError("Say either a MODEL, a folder or Hub id, or a --shape.")
+    if arguments.shape is not None:
+        config, name = published_shape(arguments.shape), f"LongLLaVA, shape {arguments.shape}"
+    else:
+        config, name = LongLLaVAConfig.from_pretrained(arguments.model), arguments.model
+    planner = MemoryPlanner(
+        config,
+        arguments.quantization,
+        dtype=getattr(torch, arguments.dtype),
+        memory=round(arguments.memory * 1e9),
+        max_new_tokens=arguments.max_new_tokens,
+        prefill_chunk_size=arguments.prefill_chunk_size,
+        device=arguments.device,
+    )
+    result = planner.plan(arguments.images)
+    if arguments.plot is not None:
+        draw_plan(planner, result, arguments.plot)
+    if arguments.json:
+        print(json.dumps({"model": name, **result.to_dict()}, indent=2))
+        return
+    rows = {f"weights, {kind}": size for kind, size in result.weights.items() if size >= result.total / 1e5}
+    rows["weights, all"] = sum(result.weights.values())
+    rows.update(result.items)
+    rows["total"] = result.total
+    print(f"{name}, quantization {planner.quantization}: {result.images:,} images, {result.tokens:,} tokens")
+    unit, power = ("G", 3) if result.total >= 1e8 else ("M", 2)
+    print(f"{'':22}{unit + 'B':>9}{unit + 'iB':>9}")
+    for row, size in rows.items():
+        print(f"{row:22}{size / 1000**power:>9.3f}{size / 1024**power:>9.3f}")
+    verdict = "fits" if result.fits else "does not fit"
+    print(f"This {verdict} in {result.memory / 1e9:g} GB; so do up to {result.max_images:,} images.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longllava", description="Ask LongLLaVA about pictures and videos.")
     parser.add_argument("--version", action="version", version=f"longllava_hf {__version__}")
@@ -236,6 +278,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--fps", type=float, help="frames a second of each video, instead")
         command.add_argument("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
         command.add_argument("--prefill-chunk-size", type=int, help="tokens to read at a time (default: all)")
+        command.add_argument(
+            "--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"
+        )
         command.add_argument("--device", help="where to run (default: a GPU if there is one)")
         command.add_argument("--json", action="store_true", help="print the answer and its circumstances as JSON")
 
@@ -249,6 +294,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("source", help="folder or Hub id")
     command.add_argument("destination", help="folder that does not exist yet")
     command.add_argument("--to", choices=["native", "published"], default="native")
+    command = add("plan", plan, "What a run takes in memory, before it is started, and how many images fit.")
+    command.add_argument("model", nargs="?", help="folder or Hub id")
+    command.add_argument("--shape", choices=list(SHAPES), help="a published shape, instead of a model")
+    command.add_argument(
+        "--quantization", choices=["none", "int8", "nf4"], help="of the weights (default: the checkpoint's own)"
+    )
+    command.add_argument("--images", type=int, default=1000)
+    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)")
+    command.add_argument("--prefill-chunk-size", type=int, default=4096, help="tokens to read at a time")
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    command.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)")
+    command.add_argument("--plot", metavar="FILE.png", help="draw memory against the number of images")
+    command.add_argument("--json", action="store_true")
     command = add("info", info, "What a checkpoint is, without loading its weights.")
     command.add_argument("model", nargs="?", default=TINY, help="folder or Hub id")
     command.add_argument("--json", action="store_true")

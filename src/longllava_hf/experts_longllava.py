@@ -276,7 +276,11 @@ def experts_by_turn(
     expert_of_pair, order = pairs.sort(stable=True)
     token = order // top_k_index.shape[1]
     weights = top_k_weights.flatten()[order, None]
-    counts = torch.bincount(expert_of_pair, minlength=gate_up.weight.shape[0]).tolist()
+    num_experts = gate_up.weight.shape[0]
+    if pairs.device.type == "meta":  # each expert has its share of the tokens
+        counts = [len(part) for part in pairs.tensor_split(num_experts)]
+    else:
+        counts = torch.bincount(expert_of_pair, minlength=num_experts).tolist()
     output, start = torch.zeros_like(hidden_states), 0
     for expert, count in enumerate(counts):
         if count == 0:
@@ -343,7 +347,7 @@ def choose_experts_implementation(
     if requested == "eager":
         return experts_reference
     is_blockwise = isinstance(gate_up.weight, _BlockwiseWeight) or isinstance(down.weight, _BlockwiseWeight)
-    if is_blockwise or not (has_triton_kernels(hidden_states) or hidden_states.device.type == "meta"):
+    if is_blockwise or not has_triton_kernels(hidden_states):
         return experts_by_turn
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.weight.requires_grad)
     is_plain = isinstance(act_fn, nn.SiLU) and not gate_up.adapters and not down.adapters

@@ -13,6 +13,7 @@ Symbols: R rows, G groups (experts), N output and K input features, T tokens, H 
 """
 
 import os
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,8 +31,14 @@ except ImportError:  # the kernels below are then never reached
 _FEW_ROWS = 4
 
 
+# What tensors on `meta` stand for, when memory is planned: kernels differ in what they allocate.
+planned_device: ContextVar[str] = ContextVar("planned_device", default="cuda")
+
+
 def has_triton_kernels(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels of this file can take `tensor`."""
+    """Whether the Triton kernels of this file take `tensor`, or would take what it stands for."""
+    if tensor.device.type == "meta":
+        return planned_device.get() == "cuda"
     return triton is not None and tensor.is_cuda and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -123,9 +130,9 @@ def grouped_linear(
     As [`grouped_linear_reference`], on the fastest kernel there is. Gradients for `hidden_states`, and for `weight`
     without `scale`.
     """
-    if hidden_states.device.type == "meta":
-        return hidden_states.new_empty(len(hidden_states), weight.shape[1])
     if has_triton_kernels(hidden_states):
+        if hidden_states.device.type == "meta":
+            return hidden_states.new_empty(len(hidden_states), weight.shape[1])
         return grouped_linear_triton(hidden_states, weight, offsets, scale)
     outputs, start = [], 0
     for group, end in enumerate(offsets.tolist()):
@@ -465,6 +472,7 @@ __all__ = [
     "grouped_linear_reference",
     "grouped_linear_triton",
     "has_triton_kernels",
+    "planned_device",
     "quantize_rows",
     "routed_mlp_reference",
     "routed_mlp_triton",

@@ -24,7 +24,7 @@ from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_lo
 
 
 # The tower's activations are large, and many images at once are no faster than these.
-_IMAGES_AT_A_TIME = 64
+IMAGES_AT_A_TIME = 64
 
 
 @dataclass
@@ -110,6 +110,8 @@ class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
 
 
 def _check_image_tokens(mask: torch.Tensor, image_features: torch.Tensor) -> None:
+    if mask.is_meta:  # nothing to count where only shapes are computed
+        return
     num_tokens, num_features = int(mask.sum()), image_features.shape[0]
     if num_tokens != num_features:
         raise ValueError(
@@ -145,9 +147,9 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
-        if len(pixel_values) > _IMAGES_AT_A_TIME:
+        if len(pixel_values) > IMAGES_AT_A_TIME:
             batches = logging.tqdm(
-                pixel_values.split(_IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False
+                pixel_values.split(IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False
             )
             parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
             return BaseModelOutputWithPooling(
@@ -158,8 +160,6 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         requested = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
         outputs = self.vision_tower(pixel_values, return_dict=True, output_hidden_states=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
-        if not requested:
-            outputs.hidden_states = None
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
         # Key difference to LLaVA: the patches are pooled; LongLLaVA does so before the projector, LongVA after it.
@@ -167,8 +167,12 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             features = self.multi_modal_projector(pool_patches(features, self.config.pooling_mode))
         else:
             features = pool_patches(self.multi_modal_projector(features), self.config.pooling_mode)
-        outputs.pooler_output = list(features)
-        return outputs
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(features),  # type: ignore[arg-type]
+            hidden_states=outputs.hidden_states if requested else None,
+            attentions=outputs.attentions,
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -376,11 +380,16 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
         inputs_embeds = kwargs.get("inputs_embeds")
-        if inputs_embeds is not None and (encoded := self._encode_images(kwargs)) is not None:
+        with torch.no_grad():
+            features = self._encode_images(kwargs)
+        if features is not None and inputs_embeds is not None:
             # Only embeddings say where pictures go: put them there before anything is cut or copied.
-            features = torch.cat(encoded).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
             kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
+        elif features is not None:
+            image_outputs = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
+            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
         if self.config.image_token_id < self.config.get_text_config().vocab_size:
             # Said, the placeholder would stand for a picture that is not there.
             config = kwargs.get("generation_config") or self.generation_config
@@ -388,13 +397,26 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
         return super().generate(*args, **kwargs)
 
-    def _encode_images(self, model_kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
-        """Take the pictures out of `generate`'s arguments, as pixels or already encoded: one tensor for each image."""
+    def _encode_images(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """
+        Take the pictures out of `generate`'s arguments, as pixels or already encoded: `(image tokens, hidden_size)`. Of
+        the tower's outputs nothing else stays in memory.
+        """
         image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        return None if image_outputs is None else list(image_outputs.pooler_output)
+        if pixel_values is None:
+            return None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
+        batches = pixel_values.split(IMAGES_AT_A_TIME)
+        features = None
+        progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
+        for i, batch in enumerate(batches):
+            encoded = torch.stack(self.get_image_features(batch, return_dict=True).pooler_output)
+            if features is None:
+                features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
+            features[i * IMAGES_AT_A_TIME : i * IMAGES_AT_A_TIME + len(batch)] = encoded
+            progress.update(len(batch))
+        progress.close()
+        return None if features is None else features.flatten(0, 1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Key difference to most models: the first dimension of `pixel_values` is not the batch. Each copy of a row needs
@@ -404,15 +426,14 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             features = self._encode_images(model_kwargs)
         if features is not None:
             is_image = input_ids == self.config.image_token_id
-            _check_image_tokens(is_image, torch.cat(features))
-            per_row = is_image.sum(-1) // self.config.image_seq_length
-            rows = torch.arange(len(features)).split(per_row.tolist())
-            features = [features[i] for row in rows for i in row.repeat(expand_size).tolist()]
+            _check_image_tokens(is_image, features)
+            rows = features.split(is_image.sum(-1).tolist())
+            features = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
-            image_outputs = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+            image_outputs = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
             model_kwargs["mm_encoder_outputs"] = {"image": image_outputs}
         return input_ids, model_kwargs
 
@@ -426,8 +447,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if cache is None or not is_first_iteration:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
-        encoded = self._encode_images(model_kwargs)
-        features = None if encoded is None else torch.cat(encoded)
+        features = self._encode_images(model_kwargs)
         inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         length, past_length = sequence.shape[1], cache.get_seq_length()

@@ -67,7 +67,7 @@ class LongLLaVAInt8Config(QuantizationConfigMixin):
 def _int8_linear(
     hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if has_triton_kernels(hidden_states) or hidden_states.device.type == "meta":
+    if has_triton_kernels(hidden_states):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         offsets = torch.full((1,), len(rows), device=rows.device)
         output = grouped_linear(rows, weight[None], offsets, scale[None]).view(*hidden_states.shape[:-1], -1)
@@ -323,6 +323,88 @@ def keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def bits_of(config: QuantizationConfigMixin | dict | None) -> str | None:
+    """`"none"`, `"int8"` or `"nf4"`, as far as memory goes; `None` for any other quantisation."""
+    if config is None:
+        return "none"
+    names = {"bitsandbytes int8": "int8", INT8_METHOD: "int8", "bitsandbytes nf4": "nf4", "bitsandbytes fp4": "nf4"}
+    return names.get(describe_quantization(config))
+
+
+def convertible_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of each linear layer that quantisers convert, or have converted."""
+    skipped = skip_patterns(None)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
+    ]
+
+
+def weight_bytes(model: nn.Module, quantization: str) -> dict[str, int]:
+    """
+    Bytes of a model's weights if it were quantised so, by dtype; those of scales apart.
+
+    Args:
+        model (`nn.Module`): on any device, `meta` too.
+        quantization (`"none"`, `"int8"` or `"nf4"`): the latter with its scales quantised too.
+    """
+    sizes: dict[str, int] = {}
+
+    def add(kind: str, size: int) -> None:
+        sizes[kind] = sizes.get(kind, 0) + size
+
+    converted = set()
+    if quantization != "none":
+        for name, module in convertible_layers(model):
+            converted.add(f"{name}.weight")
+            converted.add(f"{name}.weight_scale")
+            size = module.in_features * module.out_features
+            if quantization == "int8":
+                add("int8", size)
+                add("scales", 4 * module.out_features)
+            else:  # one byte for each block of 64 weights, four for each 256 of those, and four for their mean
+                blocks = -(-size // 64)
+                add("nf4", -(-size // 2))
+                add("scales", blocks + 4 * -(-blocks // 256) + 4)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in converted:
+            add(str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
+    return sizes
+
+
+def check_device_memory(model: nn.Module, quantization: str | None, device_map: Any, source: Any) -> None:
+    """
+    Before any weight is read, see that all fit on the GPU they are meant for.
+
+    Args:
+        model (`nn.Module`): on `meta`.
+        quantization (`str`, *optional*): what [`bits_of`] says.
+        device_map (`dict`, *optional*): where `from_pretrained` puts the modules; nothing is said of more than one device.
+        source: the checkpoint's name, for messages.
+
+    Raises:
+        ValueError: with the bytes needed, found, and needed in fewer bits.
+    """
+    devices = {torch.device(f"cuda:{d}" if isinstance(d, int) else d) for d in (device_map or {}).values() if d != "disk"}
+    if len(devices) != 1 or quantization is None or next(iter(devices)).type != "cuda":
+        return
+    (device,) = devices
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(weight_bytes(model, quantization).values())
+    if needed <= free:
+        return
+    smaller = ["int8", "nf4"][["none", "int8", "nf4"].index(quantization) :]
+    others = [f"{sum(weight_bytes(model, kind).values()) / 1e9:.1f} GB in {kind}" for kind in smaller]
+    raise ValueError(
+        f"The weights of `{source}` take {needed / 1e9:.1f} GB"
+        + (f" in {quantization}" if quantization != "none" else "")
+        + f", but {device} has {free / 1e9:.1f} GB free."
+        + (f" They take {', '.join(others)}." if others else "")
+        + f' `longllava plan {source}` says what a run takes besides; `device_map="auto"` spreads a model over devices.'
+    )
+
+
 def scale_bytes(model: nn.Module) -> int:
     """Bytes of scales that bitsandbytes keeps beside its parameters, and `parameters()` does not find."""
     total = 0
@@ -358,6 +440,10 @@ __all__ = [
     "LongLLaVAInt8Config",
     "LongLLaVAInt8HfQuantizer",
     "LongLLaVAInt8Linear",
+    "bits_of",
+    "check_device_memory",
+    "convertible_layers",
+    "weight_bytes",
     "int8_parts",
     "keep_4bit_layout",
     "named_quantization",

@@ -1,0 +1,374 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What a run takes on its device, before it is started. Nothing here is a table of sizes: weights are counted on the model
+itself, and activations by running it, both on the `meta` device, which has shapes and no data.
+"""
+
+import copy
+import os
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .grouped_linear_longllava import planned_device
+from .modeling_longllava import IMAGES_AT_A_TIME, LongLLaVAForConditionalGeneration
+from .quantization_longllava import (
+    LongLLaVAInt8Config,
+    LongLLaVAInt8HfQuantizer,
+    bits_of,
+    convertible_layers,
+    stored_quantization,
+    weight_bytes,
+)
+
+
+# What is around the pictures in a prompt: two tags and a line break each, and a question.
+_TOKENS_AROUND_AN_IMAGE = 6
+_TOKENS_OF_A_QUESTION = 64
+
+
+class MemoryTracker(TorchDispatchMode):
+    """
+    Bytes of all tensors that are created while it is active: `live` of those that still exist, and their `peak`. What a
+    kernel allocates inside is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: weakref.WeakSet = weakref.WeakSet()
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(outputs):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage in self.seen or id(storage) in given:
+                continue
+            self.seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, storage.nbytes())
+        return outputs
+
+
+class _FusedAttention(TorchFunctionMode):
+    """
+    On `meta`, attention would be spelled out with all its scores; on a device one kernel does without them. The mask it
+    turns into numbers, though.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, _, value = args[:3]
+        mask = kwargs.get("attn_mask")
+        bias = None if mask is None else mask.to(query.dtype)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        del bias
+        return output
+
+
+@dataclass
+class MemoryPlan:
+    """
+    weights (`dict`): bytes by dtype; those of scales apart.
+    items (`dict`): bytes of everything else, at the moment when most of it is there.
+    images, tokens: of the prompt; tokens includes those to be generated.
+    memory: bytes of the device.
+    """
+
+    weights: dict[str, int]
+    items: dict[str, int]
+    images: int
+    tokens: int
+    memory: int
+    max_images: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + sum(self.items.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.memory
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.settings,
+            "images": self.images,
+            "tokens": self.tokens,
+            "weights": self.weights,
+            "items": self.items,
+            "weights_total": sum(self.weights.values()),
+            "total": self.total,
+            "memory": self.memory,
+            "fits": self.fits,
+            "max_images": self.max_images,
+        }
+
+
+def _tensors(group: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(group) if isinstance(leaf, torch.Tensor)]
+
+
+class MemoryPlanner:
+    """
+    Plans for one model and device.
+
+    Args:
+        config ([`LongLLaVAConfig`]): of the model, with its decoder.
+        quantization (`str`): `"none"`, `"int8"` or `"nf4"`; by default what the checkpoint is quantised with.
+        dtype (`torch.dtype`): of whatever is not quantised.
+        memory (`int`): bytes of the device; 80 GB are 80e9.
+        max_new_tokens (`int`): tokens to generate.
+        prefill_chunk_size (`int`): tokens of the prompt that are read at a time.
+        device (`"cuda"` or `"cpu"`): they differ in kernels.
+    """
+
+    def __init__(
+        self,
+        config: LongLLaVAConfig,
+        quantization: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        memory: int = int(80e9),
+        max_new_tokens: int = 256,
+        prefill_chunk_size: int = 4096,
+        device: str = "cuda",
+    ):
+        if quantization is None:
+            quantization = bits_of(stored_quantization(config))
+        if quantization not in ("none", "int8", "nf4"):
+            raise ValueError(f"`quantization` must be none, int8 or nf4, but is {quantization!r}.")
+        self.config, self.quantization, self.dtype, self.memory = copy.deepcopy(config), quantization, dtype, memory
+        self.max_new_tokens, self.prefill_chunk_size, self.device = max_new_tokens, prefill_chunk_size, device
+        self.weights = weight_bytes(self._build(self.config, "none"), quantization)
+        # A layer's activations are gone when the next one of its kind starts, so one of each kind will do.
+        self.model = self._build(self._smallest_config(), quantization)
+        self._kv_bytes_a_token, self._state_bytes = self._measure_cache()
+
+    def _build(self, config: LongLLaVAConfig, quantization: str) -> LongLLaVAForConditionalGeneration:
+        config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model: Any = LongLLaVAForConditionalGeneration(config).to(self.dtype).eval()
+        if quantization == "int8":
+            quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
+            quantizer._process_model_before_weight_loading(model)
+        return model
+
+    def _smallest_config(self) -> LongLLaVAConfig:
+        text = self.config.get_text_config()
+        if not isinstance(text, LongLLaVATextConfig):
+            return self.config
+        kinds = list(zip(text.layer_types, text.layers_num_experts))
+        config = copy.deepcopy(self.config)
+        config.text_config.num_hidden_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
+        return config
+
+    def tokens(self, images: int) -> int:
+        """Tokens of a prompt with so many images, and of its answer."""
+        per_image = self.config.image_seq_length + _TOKENS_AROUND_AN_IMAGE
+        return images * per_image + _TOKENS_OF_A_QUESTION + self.max_new_tokens
+
+    def cache_bytes(self, tokens: int) -> dict[str, int]:
+        """Bytes of the keys and values, and of the Mamba layers' states, after so many tokens."""
+        return {"KV cache": self._kv_bytes_a_token * tokens, "Mamba states": self._state_bytes}
+
+    def _measure_cache(self) -> tuple[int, int]:
+        cache = DynamicCache(config=self.model.config)
+        with torch.no_grad(), self._as_on_the_device():
+            self.model(inputs_embeds=self._embeddings(1), past_key_values=cache, use_cache=True)
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(cache.layers)
+        kv = states = 0.0
+        for layer, kind in zip(cache.layers, kinds):
+            share = kinds.count(kind) / kinds[: len(cache.layers)].count(kind)
+            size = share * sum(tensor.nbytes for tensor in _tensors(vars(layer)))
+            kv, states = (kv + size, states) if kind == "full_attention" else (kv, states + size)
+        return round(kv), round(states)
+
+    @contextmanager
+    def _as_on_the_device(self):
+        # Experts in 4 bits take one path on all devices.
+        token = planned_device.set("cpu" if self.quantization == "nf4" else self.device)
+        try:
+            with _FusedAttention():
+                yield
+        finally:
+            planned_device.reset(token)
+
+    def _embeddings(self, length: int) -> torch.Tensor:
+        hidden_size = self.config.get_text_config().hidden_size
+        return torch.empty(1, length, hidden_size, dtype=self.dtype, device="meta")
+
+    def tower_peak(self, images: int) -> int:
+        """Bytes of the vision tower's and the projector's largest activations, besides what they return."""
+        if images == 0:
+            return 0
+        images = min(images, IMAGES_AT_A_TIME)  # they see no more at a time
+        size = self.config.vision_config.image_size
+        pixels = torch.empty(images, 3, size, size, dtype=self.dtype, device="meta")
+        with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
+            features: Any = self.model._encode_images({"pixel_values": pixels})
+        return tracker.peak - features.nbytes
+
+    def prefill_peak(self, images: int) -> int:
+        """Bytes of the decoder's largest activations, while it reads the last chunk of a prompt with so many images."""
+        tokens = self.tokens(images)
+        chunk = min(tokens, self.prefill_chunk_size)
+        image_tokens = min(images * self.config.image_seq_length, chunk)
+        cache = DynamicCache(config=self.model.config)
+        with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
+            self.model(inputs_embeds=self._embeddings(1), past_key_values=cache, use_cache=True)
+            for layer in cache.layers:
+                if isinstance(getattr(layer, "keys", None), torch.Tensor):
+                    past = layer.keys.new_empty(*layer.keys.shape[:2], tokens - chunk, layer.keys.shape[3])
+                    layer.keys, layer.values = past, torch.empty_like(past)
+            # What `generate` passes on: a causal mask wherever a chunk has a past.
+            mask = None
+            if tokens > chunk:
+                mask = torch.empty(1, 1, chunk, tokens, dtype=torch.bool, device="meta")
+            tracker.peak = tracker.live
+            features: Any = [self._embeddings(image_tokens)[0]]
+            outputs = self.model(
+                input_ids=torch.empty(1, chunk, dtype=torch.long, device="meta"),
+                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)} if images else None,
+                attention_mask={"full_attention": mask, "linear_attention": None},
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            del outputs
+            kept = sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
+        return tracker.peak - kept + (self._largest_matrix() if self.quantization == "nf4" else 0)
+
+    def _largest_matrix(self) -> int:
+        """Bytes of the largest weight that is dequantised at a time: a layer's, but only one expert's."""
+        experts = getattr(self.config.get_text_config(), "num_experts", 1)
+        return max(
+            module.weight.nbytes // (experts if ".experts." in name else 1)
+            for name, module in convertible_layers(self.model)
+        )
+
+    def _plan(self, images: int) -> MemoryPlan:
+        config, tokens = self.config, self.tokens(images)
+        element = self.dtype.itemsize
+        cache = self.cache_bytes(tokens)
+        items = {
+            "pixel values": images * 3 * config.vision_config.image_size**2 * element,
+            "image features": images * config.image_seq_length * config.get_text_config().hidden_size * element,
+            "token ids and mask": 2 * 8 * tokens,
+            **cache,
+            # While the tower works nothing is cached yet.
+            "largest activation": max(self.prefill_peak(images), self.tower_peak(images) - sum(cache.values())),
+        }
+        return MemoryPlan(self.weights, items, images, tokens, self.memory)
+
+    def plan(self, images: int) -> MemoryPlan:
+        """
+        What a prompt with so many images takes, and how many would fit.
+
+        Raises:
+            ValueError: if `images` is negative.
+        """
+        if images < 0:
+            raise ValueError(f"The number of images must be at least 0, but is {images}.")
+        plan = self._plan(images)
+        plan.max_images = self._max_images(plan)
+        plan.settings = {
+            "quantization": self.quantization,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "max_new_tokens": self.max_new_tokens,
+            "prefill_chunk_size": self.prefill_chunk_size,
+        }
+        return plan
+
+    def _max_images(self, plan: MemoryPlan) -> int:
+        """The most images that fit. What a run takes grows with them, and is all but linear in them."""
+        low, high = self._plan(0), plan
+        if not low.fits:
+            return 0
+        while high.fits:
+            low, high = high, self._plan(max(2 * high.images, IMAGES_AT_A_TIME))
+        while high.images - low.images > 1:
+            share = (self.memory - low.total) / (high.total - low.total)
+            guess = low.images + min(max(int(share * (high.images - low.images)), 1), high.images - low.images - 1)
+            found = self._plan(guess)
+            if found.fits and guess > low.images and self._next_does_not_fit(found):
+                return guess
+            low, high = (found, high) if found.fits else (low, found)
+        return low.images
+
+    def _next_does_not_fit(self, plan: MemoryPlan) -> bool:
+        return not self._plan(plan.images + 1).fits
+
+    def curve(self, up_to: int, points: int = 8) -> list[MemoryPlan]:
+        """Plans for some numbers of images between 0 and `up_to`, to be drawn."""
+        return [self._plan(round(up_to * i / (points - 1))) for i in range(points)]
+
+
+def draw_plan(planner: MemoryPlanner, plan: MemoryPlan, file: str | os.PathLike) -> None:
+    """
+    Draw memory against the number of images, item by item.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Drawing needs matplotlib: `pip install 'longllava_hf[plot]'`.") from error
+
+    plans = planner.curve(max(plan.images, round(plan.max_images * 1.2), IMAGES_AT_A_TIME))
+    images = [point.images for point in plans]
+    heights = {f"weights, {kind}": [point.weights[kind] / 1e9 for point in plans] for kind in plan.weights}
+    heights.update({item: [point.items[item] / 1e9 for point in plans] for item in plan.items})
+    heights = {name: values for name, values in heights.items() if max(values) > 0.002 * plan.total / 1e9}
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.stackplot(images, *heights.values(), labels=list(heights))
+    axes.axhline(plan.memory / 1e9, color="black", linestyle="--", label=f"{plan.memory / 1e9:g} GB")
+    axes.axvline(plan.images, color="grey", linewidth=0.8)
+    if plan.max_images:
+        axes.annotate(f"{plan.max_images:,} images", (plan.max_images, plan.memory / 1e9), ha="center", va="bottom")
+    axes.set_xlim(images[0], images[-1])
+    axes.set_xlabel("images")
+    axes.set_ylabel("GB")
+    axes.set_title(f"Memory, {planner.quantization} weights, chunks of {planner.prefill_chunk_size:,} tokens")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right", fontsize="small")
+    temporary = f"{os.fspath(file)}.tmp"
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, file)
+
+
+SHAPES = {"53b": {}, "9b": {"num_experts": 1}}
+"""The published shapes, as differences from [`LongLLaVATextConfig`]'s defaults."""
+
+
+def published_shape(name: str) -> LongLLaVAConfig:
+    """The configuration of LongLLaVA-53B-A13B (`"53b"`) or LongLLaVA-9B (`"9b"`)."""
+    return LongLLaVAConfig(text_config=dict(SHAPES[name]))
+
+
+__all__ = ["SHAPES", "MemoryPlan", "MemoryPlanner", "MemoryTracker", "draw_plan", "published_shape"]
