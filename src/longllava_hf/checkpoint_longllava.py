@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from glob import glob
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -82,9 +83,7 @@ class SplitExperts(ConversionOps):
         num_experts = config.get_text_config().num_experts
         parts = stacked.chunk(num_experts * len(target_patterns))
         names = [pattern.rpartition(".experts.*")[2] for pattern in target_patterns]
-        return {
-            f"{before}.experts.{i // len(names)}{names[i % len(names)]}": part for i, part in enumerate(parts)
-        }
+        return {f"{before}.experts.{i // len(names)}{names[i % len(names)]}": part for i, part in enumerate(parts)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -97,7 +96,7 @@ class ExpertConverter(WeightConverter):
     __slots__ = ()
 
     def materialize_tensors(self):
-        (operation,) = self.operations
+        operation: Any = self.operations[0]
         if isinstance(operation, SplitExperts):
             return super().materialize_tensors()
         collected = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}

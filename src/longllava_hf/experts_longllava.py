@@ -87,7 +87,8 @@ class _BlockwiseWeight:
         if size % state.blocksize:
             # An expert does not end where a block of values with one scale does.
             dense = bnb.dequantize_4bit(weight.data, state).view(self.shape)
-            self.packed, self.absmax = dense, None
+            self.packed: torch.Tensor = dense
+            self.absmax: torch.Tensor | None = None
             return
         absmax = state.absmax
         if state.nested:
@@ -121,7 +122,7 @@ class ExpertWeights:
 
     weight: torch.Tensor | _BlockwiseWeight
     scale: torch.Tensor | None = None
-    adapters: list[tuple[nn.Module, nn.Module, torch.Tensor, float]] = field(default_factory=list)
+    adapters: list[tuple[Any, Any, torch.Tensor, float]] = field(default_factory=list)
 
     def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's matrix `(rows, columns)`, dequantised."""
@@ -164,7 +165,7 @@ class ExpertWeights:
         )
 
 
-def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[nn.Module, nn.Module, torch.Tensor, float]]:
+def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.Tensor, float]]:
     """
     The active adapters of a layer that PEFT has wrapped.
 
@@ -325,9 +326,8 @@ def experts_routed(
     act_fn: Callable,
 ) -> torch.Tensor:
     """As [`experts_reference`], for a few tokens, SiLU, and neither adapters nor gradients."""
-    return routed_mlp_triton(
-        hidden_states, top_k_index, top_k_weights, gate_up.weight, down.weight, gate_up.scale, down.scale
-    )
+    weights: Any = (gate_up.weight, down.weight, gate_up.scale, down.scale)
+    return routed_mlp_triton(hidden_states, top_k_index, top_k_weights, *weights)
 
 
 def choose_experts_implementation(
@@ -383,6 +383,7 @@ class LongLLaVAExperts(nn.Module):
             requested = self.config._experts_implementation
             experts_forward = choose_experts_implementation(requested, hidden_states, gate_up, down, self.act_fn)
             return experts_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+
 
 class LongLLaVASparseMoeBlock(nn.Module):
     """A router and its experts, in place of the dense MLP."""

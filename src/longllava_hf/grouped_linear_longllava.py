@@ -258,7 +258,7 @@ if triton is not None:
         n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + m[:, None].to(tl.int64) * stride_xm + k[None, :]
-        w_ptrs = w_ptr + group.to(tl.int64) * stride_wg + k[:, None] * stride_wk + n[None, :] * stride_wn
+        w_ptrs = w_ptr + tl.cast(group, tl.int64) * stride_wg + k[:, None] * stride_wk + n[None, :] * stride_wn
         scale_ptr += group * stride_sg
         in_m = m[:, None] < row_end
         in_n = n[None, :] < N

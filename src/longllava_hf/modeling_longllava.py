@@ -410,7 +410,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         features = None
         progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
         for i, batch in enumerate(batches):
-            encoded = torch.stack(self.get_image_features(batch, return_dict=True).pooler_output)
+            outputs: Any = self.get_image_features(batch, return_dict=True)
+            encoded = torch.stack(outputs.pooler_output)
             if features is None:
                 features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
             features[i * IMAGES_AT_A_TIME : i * IMAGES_AT_A_TIME + len(batch)] = encoded

@@ -163,6 +163,7 @@ class MemoryPlanner:
         # A layer's activations are gone when the next one of its kind starts, so one of each kind will do.
         self.model = self._build(self._smallest_config(), quantization)
         self._kv_bytes_a_token, self._state_bytes = self._measure_cache()
+        self._plans: dict[int, MemoryPlan] = {}
 
     def _build(self, config: LongLLaVAConfig, quantization: str) -> LongLLaVAForConditionalGeneration:
         config = copy.deepcopy(config)
@@ -170,7 +171,8 @@ class MemoryPlanner:
             del config.quantization_config
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
-            model: Any = LongLLaVAForConditionalGeneration(config).to(self.dtype).eval()
+            model: Any = LongLLaVAForConditionalGeneration(config)
+        model = model.to(self.dtype).eval()
         if quantization == "int8":
             quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
             quantizer._process_model_before_weight_loading(model)
@@ -270,6 +272,8 @@ class MemoryPlanner:
         )
 
     def _plan(self, images: int) -> MemoryPlan:
+        if images in self._plans:
+            return self._plans[images]
         config, tokens = self.config, self.tokens(images)
         element = self.dtype.itemsize
         cache = self.cache_bytes(tokens)
@@ -281,7 +285,8 @@ class MemoryPlanner:
             # While the tower works nothing is cached yet.
             "largest activation": max(self.prefill_peak(images), self.tower_peak(images) - sum(cache.values())),
         }
-        return MemoryPlan(self.weights, items, images, tokens, self.memory)
+        self._plans[images] = MemoryPlan(self.weights, items, images, tokens, self.memory)
+        return self._plans[images]
 
     def plan(self, images: int) -> MemoryPlan:
         """
@@ -322,7 +327,7 @@ class MemoryPlanner:
     def _next_does_not_fit(self, plan: MemoryPlan) -> bool:
         return not self._plan(plan.images + 1).fits
 
-    def curve(self, up_to: int, points: int = 8) -> list[MemoryPlan]:
+    def curve(self, up_to: int, points: int = 5) -> list[MemoryPlan]:
         """Plans for some numbers of images between 0 and `up_to`, to be drawn."""
         return [self._plan(round(up_to * i / (points - 1))) for i in range(points)]
 

@@ -102,10 +102,10 @@ class LongLLaVAInt8Linear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         # A scale follows its weight to another device, but not the model to another dtype.
-        scale = self.weight_scale
+        scale = self.weight_scale.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = nn.Parameter(scale.data.to(self.weight_scale.device), requires_grad=False)
+            self.weight_scale.data = scale.to(self.weight_scale.device)
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -197,6 +197,7 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
             if type(module) is nn.Linear and should_convert_module(name, skipped):
                 with torch.device("meta"):
                     quantized = LongLLaVAInt8Linear(module.in_features, module.out_features, module.bias is not None)
+                quantized.bias = module.bias
                 if not self.pre_quantized:
                     # Older releases of Transformers cast a weight to the dtype found here before it is quantised.
                     quantized.weight = nn.Parameter(module.weight.data, requires_grad=False)
@@ -386,7 +387,9 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     Raises:
         ValueError: with the bytes needed, found, and needed in fewer bits.
     """
-    devices = {torch.device(f"cuda:{d}" if isinstance(d, int) else d) for d in (device_map or {}).values() if d != "disk"}
+    devices = {
+        torch.device(f"cuda:{d}" if isinstance(d, int) else d) for d in (device_map or {}).values() if d != "disk"
+    }
     if len(devices) != 1 or quantization is None or next(iter(devices)).type != "cuda":
         return
     (device,) = devices
@@ -443,7 +446,6 @@ __all__ = [
     "bits_of",
     "check_device_memory",
     "convertible_layers",
-    "weight_bytes",
     "int8_parts",
     "keep_4bit_layout",
     "named_quantization",
@@ -454,4 +456,5 @@ __all__ = [
     "skip_patterns",
     "stored_quantization",
     "use_weights_only",
+    "weight_bytes",
 ]

@@ -1,0 +1,400 @@
+"""Int8 and 4 bits: what is quantised, what it costs, and that everything else goes on working."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+
+import longllava_hf
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
+from longllava_hf.experts_longllava import unpack_experts
+from longllava_hf.quantization_longllava import (
+    LongLLaVAInt8Linear,
+    named_quantization,
+    quantize_rows,
+    skip_patterns,
+)
+
+from .conftest import golden, published, small_config
+
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+KEPT = ("mamba", "router", "embed", "lm_head", "projector", "vision_tower", "norm")
+METHODS = ("int8", "bnb-int8", "nf4")
+
+
+def load(source=None, quantization: str | None = None, dtype=torch.float32, **kwargs):
+    source = published("moe") if source is None else source
+    if quantization is not None:
+        kwargs["quantization_config"] = named_quantization(quantization, dtype)
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs).eval()
+
+
+def text_ids(batch: int = 1) -> torch.Tensor:
+    return torch.tensor(golden("moe")["text_ids"]).view(1, -1).repeat(batch, 1)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(text_ids()).logits
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a[:, -1].float(), b[:, -1].float(), dim=-1).min().item()
+
+
+def kinds(model) -> dict[str, set[torch.dtype]]:
+    """Dtypes of the weights, by the part of the model they belong to."""
+    found: dict[str, set[torch.dtype]] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_scale"):
+            continue
+        part = next(p for p in (*KEPT, "experts", "self_attn", "feed_forward") if p in name)
+        found.setdefault(part, set()).add(parameter.dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unquantized():
+    return logits(load())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("config", "also_kept"),
+    [
+        (BitsAndBytesConfig(load_in_8bit=True), ()),
+        (BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["mamba"]), ()),
+        (BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["self_attn"]), ("self_attn",)),
+        (
+            BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["experts", "self_attn"]),
+            ("experts", "self_attn"),
+        ),
+        (LongLLaVAInt8Config(), ()),
+        (LongLLaVAInt8Config(modules_to_not_convert=["self_attn"]), ("self_attn",)),
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, ()),
+    ],
+    ids=["bnb", "bnb mamba", "bnb attention", "bnb experts", "own", "own attention", "dict"],
+)
+def test_what_is_int8_and_what_is_not(config, also_kept, dtype):
+    before = json.dumps(config if isinstance(config, dict) else config.to_dict(), default=str)
+    model = load(dtype=dtype, quantization_config=config)
+    for part, dtypes in kinds(model).items():
+        assert dtypes == ({dtype} if part in (*KEPT, *also_kept) else {torch.int8}), part
+    assert cosine(logits(model), logits(load(dtype=dtype))) > 0.999
+    # The caller's own object is as it was.
+    assert before == json.dumps(config if isinstance(config, dict) else config.to_dict(), default=str)
+
+
+def test_what_is_four_bits_and_what_is_not(unquantized):
+    model = load(quantization="nf4")
+    for part, dtypes in kinds(model).items():
+        assert dtypes == {torch.float32 if part in KEPT else torch.uint8}, part
+    assert cosine(logits(model), unquantized) > 0.85  # a random model forgives less than a trained one
+
+
+@pytest.mark.parametrize(
+    ("names", "module", "is_skipped"),
+    [
+        (["mamba"], "model.language_model.layers.0.mamba.in_proj", True),
+        (["layers.1"], "model.language_model.layers.1.feed_forward.down_proj", True),
+        (["layers.1"], "model.language_model.layers.11.feed_forward.down_proj", False),
+        (["o_proj"], "model.language_model.layers.4.self_attn.o_proj", True),
+        ([], "model.language_model.layers.4.self_attn.o_proj", False),
+        ([r"layers\.\d+\.self_attn"], "model.language_model.layers.4.self_attn.o_proj", True),
+        ([], "model.vision_tower.encoder.layers.0.mlp.fc1", True),
+        ([], "lm_head", True),
+        ([], "model.multi_modal_projector.linear_1", True),
+    ],
+)
+def test_names_count_in_the_middle_of_a_path(names, module, is_skipped):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert should_convert_module(module, skip_patterns(names)) is not is_skipped
+    assert skip_patterns(skip_patterns(names)) == skip_patterns(names)
+
+
+def test_experts_are_those_of_the_checkpoint():
+    """Row by row and expert by expert, in the right order."""
+    dense = dict(load().named_modules())
+    for method in METHODS:
+        for name, module in load(quantization=method).named_modules():
+            if not re.search(r"experts\.(gate_up|down)_proj$", name):
+                continue
+            weight = dense[name].weight.view(4, -1, module.in_features)
+            with unpack_experts(module, 4) as experts:
+                for expert in range(4):
+                    matrix = experts.matrix(expert, torch.float32)
+                    if method == "nf4":
+                        assert (matrix - weight[expert]).abs().max() < 0.2 * weight.abs().max()
+                    else:
+                        step = weight[expert].abs().amax(-1, keepdim=True) / 127
+                        assert ((matrix - weight[expert]).abs() <= 0.55 * step).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_reload_are_exact(tmp_path, method, dtype):
+    model = load(quantization=method, dtype=dtype)
+    expected = logits(model)
+    model.generate(text_ids(), max_new_tokens=3, do_sample=False)  # saving comes after use, too
+    model.save_pretrained(tmp_path / "once")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "once").eval()
+    assert kinds(again) == kinds(model)
+    assert torch.equal(logits(again), expected)
+    again.save_pretrained(tmp_path / "twice", max_shard_size="200KB")
+    assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "twice").eval()), expected)
+    with safe_open(tmp_path / "once" / "model.safetensors", framework="pt") as file:
+        name = "model.language_model.layers.1.feed_forward.experts.gate_up_proj.weight"
+        assert file.get_tensor(name).dtype == (torch.uint8 if method == "nf4" else torch.int8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dequantize(tmp_path, method, unquantized):
+    model = load(quantization=method)
+    quantized = logits(model)
+    model.save_pretrained(tmp_path / "quantized")  # leaves nothing behind that hinders
+    model.dequantize()
+    assert not getattr(model, "is_quantized", False)
+    assert {dtype for dtypes in kinds(model).values() for dtype in dtypes} == {torch.float32}
+    torch.testing.assert_close(logits(model), quantized, rtol=1e-3, atol=1e-3)
+    # And saved it is a checkpoint like any other, one tensor for each expert.
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
+    with safe_open(tmp_path / "dense" / "model.safetensors", framework="pt") as file:
+        assert "model.language_model.layers.1.feed_forward.experts.3.up_proj.weight" in file.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generate_with_images_and_a_batch(tmp_path, method):
+    torch.manual_seed(0)
+    LongLLaVAForConditionalGeneration(small_config()).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization=method)
+    pixels = torch.randn(3, 3, 16, 16)
+    ids = torch.full((1, 3 * 4 + 5), 7)
+    ids[0, :12] = 5
+    alone = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=6, do_sample=False)
+    chunked = model.generate(
+        input_ids=ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, prefill_chunk_size=5
+    )
+    beams = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, num_beams=2)
+    batch = model.generate(
+        input_ids=ids.repeat(2, 1), pixel_values=pixels.repeat(2, 1, 1, 1), max_new_tokens=6, do_sample=False
+    )
+    assert torch.equal(alone, chunked) and torch.equal(batch[0], batch[1]) and torch.equal(batch[:1], alone)
+    assert beams.shape[1] <= alone.shape[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_footprint_counts_every_byte(tmp_path, method):
+    model = load(quantization=method)
+    model.save_pretrained(tmp_path)
+    stored = 0
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        for name in file.keys():
+            # Not kept: a code book and settings for each 4-bit layer, and a format for each int8 one.
+            if not re.search(r"quant_map$|quant_state|weight_format$", name):
+                stored += file.get_tensor(name).nbytes
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    offsets = 4 * sum(name.endswith("nested_absmax") for name in model.state_dict())
+    assert model.get_memory_footprint() == stored + buffers + offsets
+
+
+@pytest.mark.parametrize("method", ["none", *METHODS])
+def test_a_lora_step_on_top(method):
+    peft = pytest.importorskip("peft")
+    model = load(quantization=method)
+    before = logits(model)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", exclude_modules=r".*(vision_tower|multi_modal_projector).*", lora_dropout=0.1
+    )
+    model = peft.get_peft_model(model, config)
+    assert any("experts.gate_up_proj.lora_A" in name for name, _ in model.named_parameters())
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(4):
+        model.train()
+        loss = model(text_ids(), labels=text_ids()).loss
+        loss.backward()
+        if step == 1:  # B is zero in the first
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), before, atol=1e-5)
+    if method == "none":
+        trained = logits(model)
+        assert torch.allclose(logits(model.merge_and_unload()), trained, atol=1e-4)
+
+
+def test_gradients_of_a_quantized_model_equal_those_of_its_dequantized_self():
+    embeddings = torch.randn(1, 20, 64)
+    grads = []
+    model = load(quantization="int8")
+    for _ in range(2):
+        x = embeddings.clone().requires_grad_()
+        model(inputs_embeds=x).logits.square().mean().backward()
+        grads.append(x.grad)
+        model.dequantize() if model.is_quantized else None
+    assert ((grads[0] - grads[1]).abs().max() / grads[1].abs().max()) < 1e-4
+
+
+def test_adapters_that_experts_cannot_have_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["gate_up_proj"], use_dora=True)
+    model = peft.get_peft_model(load(), config)
+    with pytest.raises(NotImplementedError, match="plain LoRA"):
+        logits(model)
+    model = peft.get_peft_model(load(), peft.LoraConfig(r=4, target_parameters=["experts.gate_up_proj.weight"]))
+    with pytest.raises(NotImplementedError, match="plain LoRA"):
+        logits(model)
+
+
+def test_text_model_alone(tmp_path):
+    torch.manual_seed(0)
+    model = LongLLaVAForCausalLM(small_config().text_config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(6, 40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        for method in ("int8", "bnb-int8"):
+            quantized = AutoModelForCausalLM.from_pretrained(
+                tmp_path, quantization_config=named_quantization(method)
+            ).eval()
+            assert quantized.model.layers[1].feed_forward.experts.down_proj.weight.dtype == torch.int8
+            assert quantized.lm_head.weight.dtype == torch.float32
+            assert cosine(quantized(ids).logits, expected) > 0.99
+
+
+def test_own_int8_layer():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 24)
+    layer = LongLLaVAInt8Linear(40, 24, bias=True)
+    layer.weight.data, layer.weight_scale.data = quantize_rows(linear.weight.detach())
+    layer.bias = linear.bias
+    x = torch.randn(3, 5, 40)
+    torch.testing.assert_close(layer(x), layer.dequantize(torch.float32)(x), rtol=1e-4, atol=1e-5)
+    assert torch.cosine_similarity(layer(x).flatten(), linear(x).flatten(), dim=0) > 0.9999
+    scale = layer.weight_scale.clone()
+    layer = layer.to(torch.bfloat16)  # the model's dtype is not the scales'
+    assert layer.weight.dtype == torch.int8 and layer.weight_scale.dtype == torch.float32
+    assert torch.equal(layer.weight_scale, scale) and layer.bias.dtype == torch.bfloat16
+
+
+def test_tiny_answers_the_same(capsys):
+    """The README has the accuracies; here, that the film on its front page is still read."""
+    from longllava_hf.cli import main
+
+    pytest.importorskip("av")
+    film = str(Path(__file__).parents[1] / "examples" / "film.mp4")
+    for method in ("int8", "bnb-int8", "nf4"):
+        assert main(["ask", film, "Which digit appears in this film?", "--quantization", method, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["answer"] == "5", method
+
+
+# Errors
+
+
+def test_without_bitsandbytes_the_error_says_what_works(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
+    with pytest.raises(ImportError, match=r"longllava_hf\[int8\].*LongLLaVAInt8Config"):
+        load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(ImportError, match=r"longllava_hf\[int8\]"):
+        named_quantization("nf4")
+    load(quantization_config=LongLLaVAInt8Config())
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "words"),
+    [
+        ("bnb-int8", "nf4", ["bitsandbytes int8", "bitsandbytes nf4"]),
+        ("bnb-int8", "int8", ["bitsandbytes int8", "longllava_int8"]),
+        ("int8", "bnb-int8", ["longllava_int8", "bitsandbytes int8"]),
+        ("nf4", "bnb-int8", ["bitsandbytes nf4", "bitsandbytes int8"]),
+    ],
+)
+def test_another_quantization_than_the_checkpoints_is_refused(tmp_path, stored, asked, words):
+    load(quantization=stored).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, ["already quantised", *words]))):
+        load(tmp_path, quantization=asked)
+    load(tmp_path, quantization=stored)  # asking for what it is, is no error
+
+
+def test_a_gpu_that_is_too_small(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 2 * 10**6))
+    message = r"take 0\.0 GB, but cuda:0 has 0\.0 GB free.*in int8.*in nf4.*longllava plan"
+    with pytest.raises(ValueError, match=message):
+        load(device_map={"": 0})
+    with pytest.raises(ValueError, match=r"in int8, but.*longllava plan"):
+        load(device_map="cuda:0", quantization="int8")
+
+
+def test_a_missing_expert_is_named_in_int8_too(published_copy):
+    from .test_checkpoint_longllava import edit
+
+    folder = published_copy()
+    edit(folder, lambda tensors: tensors.pop("model.layers.1.moe.experts.2.up_proj.weight"))
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"1 missing: .*layers\.1\.feed_forward\.experts\.2\.up_proj\.weight"):
+            load(folder, quantization=method)
+
+
+# Loading
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("method", ["int8", "bnb-int8"])
+def test_peak_memory_while_loading(method):
+    """A 0.5 GB checkpoint here; `benchmarks/loading.py` takes 2 GB by default."""
+    script = Path(__file__).parents[1] / "benchmarks" / "loading.py"
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            "--gigabytes",
+            "0.5",
+            "--shard-megabytes",
+            "60",
+            "--quantization",
+            method,
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["peak"] < measured["limit"], measured
+
+
+def test_import_needs_neither_bitsandbytes_nor_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['bitsandbytes'] = None\n"
+        "import longllava_hf, torch\n"
+        "from transformers import AutoModelForImageTextToText as A\n"
+        "m = A.from_pretrained(longllava_hf.TINY, quantization_config=longllava_hf.LongLLaVAInt8Config())\n"
+        "print(m.model.language_model.layers[1].feed_forward.experts.down_proj.weight.dtype)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "torch.int8"
+
+
+def test_public_names():
+    assert "LongLLaVAInt8Config" in longllava_hf.__all__
