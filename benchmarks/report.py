@@ -4,6 +4,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -37,8 +38,11 @@ def time_side_by_side(candidates: dict[str, Callable], rounds: int) -> dict[str,
 def machine(device: str = "cpu") -> dict[str, str | int]:
     """What the figures were measured on."""
     name = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
     if device == "cuda":
         name = torch.cuda.get_device_name()
+    elif cpu.exists() and (model := re.search(r"model name\s*: (.+)", cpu.read_text())) is not None:
+        name = model[1]
     return {
         "device": name,
         "threads": torch.get_num_threads(),
