@@ -103,13 +103,14 @@ def test_grouped_linear_without_rows(kernel):
 def test_routed_mlp(is_int8, tokens, top_k, dtype):
     gate_up, gate_up_scale = matrices(dtype, is_int8, rows=2 * 56, columns=40)
     down, down_scale = matrices(dtype, is_int8, rows=40, columns=56, seed=1)
-    x = torch.randn(tokens, 40, device=DEVICE).to(dtype)
-    weights, index = torch.randn(tokens, GROUPS, device=DEVICE).softmax(-1).topk(top_k)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 40, generator=generator).to(DEVICE, dtype)
+    weights, index = torch.randn(tokens, GROUPS, generator=generator).to(DEVICE).softmax(-1).topk(top_k)
     exact = [gate_up, down] if is_int8 else [gate_up.double(), down.double()]
     expected = routed_mlp_reference(x.double(), index, weights.double(), *exact, gate_up_scale, down_scale)
     actual = routed_mlp_triton(x, index, weights.to(dtype), gate_up, down, gate_up_scale, down_scale)
     assert actual.dtype == dtype
-    assert relative(actual, expected) < TOLERANCE[dtype]
+    assert relative(actual, expected) < 2 * TOLERANCE[dtype]  # what is between the two products is rounded as well
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])

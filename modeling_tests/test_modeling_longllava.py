@@ -375,3 +375,19 @@ def test_auxiliary_loss_and_ignored_labels(small_model):
     logits = plain.logits[0, 9:-1].float()
     torch.testing.assert_close(plain.loss, torch.nn.functional.cross_entropy(logits, row[0, 10:]))
     torch.testing.assert_close(outputs.loss, plain.loss + 0.001 * outputs.aux_loss)
+
+
+def test_no_pictures_as_an_empty_tensor(small_model):
+    ids = torch.arange(6, 20)[None]
+    empty = torch.empty(0, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(small_model(ids, pixel_values=empty).logits, small_model(ids).logits)
+    expected = small_model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(small_model.generate(ids, pixel_values=empty, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_pictures_given_twice_are_refused(small_model):
+    ids, pixels = torch.tensor([[5] * 4 + [7]]), torch.randn(1, 3, 16, 16)
+    encoded = {"image": small_model.get_image_features(pixels, return_dict=True)}
+    with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+        small_model.generate(ids, pixel_values=pixels, mm_encoder_outputs=encoded)

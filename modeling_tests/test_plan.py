@@ -178,6 +178,11 @@ def test_command(capsys):
         (["plan", "model", "--shape", "9b"], "either a MODEL"),
         (["plan", "--shape", "9b", "--images", "-1"], "at least 0, but is -1"),
         (["plan", "no/such/folder/at/all"], "no/such/folder"),
+        (["plan", "--shape", "9b", "--prefill-chunk-size", "0"], "at least 1, but is 0"),
+        (["plan", "--shape", "9b", "--max-new-tokens", "-5"], "at least 0, but is -5"),
+        (["plan", "--shape", "9b", "--memory", "inf"], "--memory"),
+        (["plan", "--shape", "9b", "--memory", "-1"], "`memory`"),
+        (["plan", "--shape", "9b", "--plot", "no/such/folder/plan.png"], "no/such/folder/plan.png"),
     ],
 )
 def test_command_with_bad_arguments(capsys, arguments, message):

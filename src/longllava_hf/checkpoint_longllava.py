@@ -24,12 +24,20 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
-from .quantization_longllava import bits_of, check_device_memory, keep_4bit_layout, row_quantizer, use_weights_only
+from .quantization_longllava import (
+    bits_of,
+    check_device_memory,
+    quantized_shape,
+    row_quantizer,
+    use_own_products,
+)
 
 
 logger = logging.get_logger(__name__)
 
 _VISION_TOWER = "vision_tower."
+# What is beside a quantised weight, and never beside another.
+_QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
 
 
 class StackExperts(ConversionOps):
@@ -78,7 +86,8 @@ class SplitExperts(ConversionOps):
         (tensors,) = input_dict.values()
         stacked = tensors[0] if isinstance(tensors, list) else tensors
         before = full_layer_name.split(".experts.")[0]
-        if not stacked.is_floating_point():
+        # Packed bits are one column, of whatever dtype.
+        if not stacked.is_floating_point() or stacked.shape[-1] == 1:
             return {f"{before}.experts.{source_patterns[0].rpartition('.experts.')[2].partition('(')[0]}": stacked}
         num_experts = config.get_text_config().num_experts
         parts = stacked.chunk(num_experts * len(target_patterns))
@@ -283,6 +292,10 @@ def _raise_on_problems(
             missing = missing - {name} | set(absent)
             mismatched.pop(name, None)
             failed.pop(name, None)
+    for name, module in model.named_modules():
+        # Transformers compares shapes before it quantises, and only of what it does not quantise.
+        if (found := quantized_shape(module)) is not None and found != (module.out_features, module.in_features):
+            mismatched[f"{name}.weight"] = (found, (module.out_features, module.in_features))
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing: {', '.join(sorted(missing))}")
@@ -336,6 +349,12 @@ def load_published_checkpoint(
     else:
         tensors = read_lazily(checkpoint_files)
     present = {to_native_name(name, names) for name in tensors}
+    marks = sorted(name for name in present if _QUANTIZED_NAME.search(name))
+    if marks and (quantizer is None or not quantizer.pre_quantized):
+        raise ValueError(
+            f"`{source}` holds {len(marks)} scales of quantised weights, such as `{marks[0]}`, but its configuration has"
+            " no `quantization_config`."
+        )
     is_composite = model.config.get_text_config() is not model.config
     if is_file and not checkpoint_files[0].endswith(".safetensors"):
         state_dict = tensors  # read already, and once is enough
@@ -348,8 +367,7 @@ def load_published_checkpoint(
     load_config = dataclasses.replace(load_config, weight_mapping=[*renamings, *conversions])
     loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
     if quantizer is not None:
-        keep_4bit_layout(model)
-        use_weights_only(model)
+        use_own_products(model)
     # Saving writes the native layout, whatever was read, and experts one by one once they are dequantised.
     used = {id(conversion) for conversion in model._weight_conversions}
     model._weight_conversions = [

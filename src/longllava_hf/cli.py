@@ -3,6 +3,8 @@
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -227,6 +229,10 @@ def info(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.shape is None):
         raise ValueError("Say either a MODEL, a folder or Hub id, or a --shape.")
+    if not math.isfinite(arguments.memory):
+        raise ValueError(f"--memory must be a number of GB, but is {arguments.memory}.")
+    if arguments.plot is not None and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.plot))):
+        raise OSError(f"The folder of `{arguments.plot}` does not exist.")
     if arguments.shape is not None:
         config, name = published_shape(arguments.shape), f"LongLLaVA, shape {arguments.shape}"
     else:

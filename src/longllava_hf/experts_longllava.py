@@ -9,12 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
 from .configuration_longllava import LongLLaVATextConfig
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
-from .quantization_longllava import int8_parts
+from .quantization_longllava import BlockwiseWeight, int8_parts, loaded, recomputed_linear
 
 
 # Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
@@ -59,57 +58,6 @@ class LongLLaVATopKRouter(nn.Module):
         return router_logits, weights.to(hidden_states.dtype), experts
 
 
-class _RecomputedLinear(torch.autograd.Function):
-    """A frozen matrix that is dequantised twice, in the forward and in the backward pass, and kept in neither."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
-        ctx.matrix = matrix
-        return F.linear(hidden_states, matrix())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor):
-        return grad_output @ ctx.matrix(), None
-
-
-class _BlockwiseWeight:
-    """Bitsandbytes' 4-bit format, one expert at a time."""
-
-    def __init__(self, weight: Any, num_experts: int):
-        import bitsandbytes.functional as bnb
-
-        self.functional = bnb
-        self.state = state = weight.quant_state
-        rows, columns = state.shape
-        self.shape = torch.Size((num_experts, rows // num_experts, columns))
-        size = self.shape[1] * columns
-        if size % state.blocksize:
-            # An expert does not end where a block of values with one scale does.
-            dense = bnb.dequantize_4bit(weight.data, state).view(self.shape)
-            self.packed: torch.Tensor = dense
-            self.absmax: torch.Tensor | None = None
-            return
-        absmax = state.absmax
-        if state.nested:
-            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-        self.packed = weight.data.view(torch.uint8).reshape(num_experts, size // 2, 1)
-        self.absmax = absmax.float().view(num_experts, size // state.blocksize)
-
-    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        if self.absmax is None:
-            return self.packed[expert].to(dtype)
-        state = self.functional.QuantState(
-            absmax=self.absmax[expert].contiguous(),
-            shape=self.shape[1:],
-            code=self.state.code,
-            blocksize=self.state.blocksize,
-            quant_type=self.state.quant_type,
-            dtype=dtype,
-        )
-        return self.functional.dequantize_4bit(self.packed[expert].contiguous(), state)
-
-
 @dataclass
 class ExpertWeights:
     """
@@ -120,13 +68,13 @@ class ExpertWeights:
     adapters: LoRA's, as `(dropout, A, B, scaling)`. A is shared by all experts, each has its rows of B.
     """
 
-    weight: torch.Tensor | _BlockwiseWeight
+    weight: torch.Tensor | BlockwiseWeight
     scale: torch.Tensor | None = None
     adapters: list[tuple[Any, Any, torch.Tensor, float]] = field(default_factory=list)
 
     def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's matrix `(rows, columns)`, dequantised."""
-        if isinstance(self.weight, _BlockwiseWeight):
+        if isinstance(self.weight, BlockwiseWeight):
             return self.weight.matrix(expert, dtype)
         matrix = self.weight[expert].to(dtype)
         return matrix if self.scale is None else matrix * self.scale[expert, :, None].to(dtype)
@@ -139,9 +87,9 @@ class ExpertWeights:
 
     def linear(self, hidden_states: torch.Tensor, expert: int, rows: slice = slice(None)) -> torch.Tensor:
         """`(tokens, columns)` to `(tokens, rows)` through one expert, or some rows of it."""
-        if isinstance(self.weight, _BlockwiseWeight):
+        if isinstance(self.weight, BlockwiseWeight):
             dtype = hidden_states.dtype
-            output = _RecomputedLinear.apply(hidden_states, lambda: self.matrix(expert, dtype)[rows])
+            output = recomputed_linear(hidden_states, lambda: self.matrix(expert, dtype)[rows])
         else:
             scale = None if self.scale is None else self.scale[expert, rows]
             output = scaled_linear(hidden_states, self.weight[expert, rows], scale)
@@ -151,7 +99,7 @@ class ExpertWeights:
 
     def halves(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The two halves of [`~ExpertWeights.linear`]'s rows, each contiguous where that costs nothing."""
-        if isinstance(self.weight, _BlockwiseWeight):
+        if isinstance(self.weight, BlockwiseWeight):
             first, second = self.linear(hidden_states, expert).chunk(2, dim=-1)
             return first, second
         half = self.weight.shape[1] // 2
@@ -172,16 +120,22 @@ def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.T
     Raises:
         NotImplementedError: for an adapter other than plain LoRA, which would have no effect here.
     """
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
     if layer.disable_adapters or layer.merged:
-        if layer.merged and layer.disable_adapters:
-            layer.unmerge()
         return []
-    active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", layer.active_adapters)]
-    is_plain = hasattr(layer, "lora_A") and not hasattr(layer, "parameter_name")
-    if not is_plain or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active):
+    lora_a = getattr(layer, "lora_A", None)
+    active = [name for name in layer.active_adapters if lora_a is None or name in lora_a]
+    is_plain = isinstance(lora_a, nn.ModuleDict) and not hasattr(layer, "parameter_name")
+    if (
+        not is_plain
+        or layer._forward_pre_hooks  # one row, one adapter: PEFT tells a layer so in front of its call
+        or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active)
+    ):
         raise NotImplementedError(
-            f"On experts only plain LoRA through `target_modules` works, but {type(layer).__name__} with adapters"
-            f" {active} is something else. Leave `gate_up_proj` and `down_proj` of `experts` out of its targets."
+            "On experts only plain LoRA through `target_modules` works, the same for all rows, but"
+            f" {type(layer).__name__} with adapters {active} is something else. Leave `gate_up_proj` and `down_proj` of"
+            " `experts` out of its targets."
         )
     return [
         (
@@ -207,28 +161,24 @@ def unpack_experts(layer: nn.Module, num_experts: int) -> Iterator[ExpertWeights
     Raises:
         NotImplementedError: for any other layer.
     """
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    hook: Any = getattr(base, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(base)
-    try:
+    base, adapters = layer, []
+    if hasattr(layer, "get_base_layer"):
+        adapters = _lora_adapters(layer, num_experts)  # before the weight is read, which it may change
+        base = layer.get_base_layer()
+    with loaded(base):
         weight: Any = base.weight
         if getattr(weight, "quant_state", None) is not None:
-            experts = ExpertWeights(_BlockwiseWeight(weight, num_experts))
-        elif (parts := int8_parts(base)) is not None:
-            experts = ExpertWeights(parts[0].view(num_experts, -1, weight.shape[-1]), parts[1].view(num_experts, -1))
+            yield ExpertWeights(BlockwiseWeight(weight, num_experts), adapters=adapters)
+            return
+        if (parts := int8_parts(base)) is not None:
+            weight, scale = parts[0], parts[1].view(num_experts, -1)
         else:
+            scale = None
             if type(weight.data) is not torch.Tensor:
                 if not hasattr(weight, "dequantize"):
                     raise NotImplementedError(f"Experts cannot be computed from a weight of type {type(weight)}.")
                 weight = weight.dequantize()
-            experts = ExpertWeights(weight.view(num_experts, -1, weight.shape[-1]))
-        if base is not layer:
-            experts.adapters = _lora_adapters(layer, num_experts)
-        yield experts
-    finally:
-        if hook is not None:
-            hook.post_forward(base, None)
+        yield ExpertWeights(weight.view(num_experts, -1, weight.shape[-1]), scale, adapters)
 
 
 def experts_reference(
@@ -346,7 +296,7 @@ def choose_experts_implementation(
     """
     if requested == "eager":
         return experts_reference
-    is_blockwise = isinstance(gate_up.weight, _BlockwiseWeight) or isinstance(down.weight, _BlockwiseWeight)
+    is_blockwise = isinstance(gate_up.weight, BlockwiseWeight) or isinstance(down.weight, BlockwiseWeight)
     if is_blockwise or not has_triton_kernels(hidden_states):
         return experts_by_turn
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.weight.requires_grad)

@@ -13,6 +13,7 @@ Symbols: R rows, G groups (experts), N output and K input features, T tokens, H 
 """
 
 import os
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -68,7 +69,8 @@ class _ScaledLinear(torch.autograd.Function):
             hidden_states.dtype == torch.bfloat16
             and hidden_states.device.type == "cpu"
             and 0 < hidden_states.numel() <= _FEW_ROWS * hidden_states.shape[-1]
-            and weight.shape[0] % 32 == weight.shape[1] % 32 == 0  # it reads past the end of any other
+            # Of any other shape it reads past the end, and tensors of a file may lie at any address.
+            and weight.shape[0] % 32 == weight.shape[1] % 32 == weight.data_ptr() % 64 == 0
         ):
             rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
             ones = torch.ones(len(weight), dtype=rows.dtype)  # scales in bfloat16 would lose digits
@@ -281,6 +283,10 @@ if triton is not None:
         out_ptrs = out_ptr + m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_m & in_n)
 
+    def _on_device_of(tensor: torch.Tensor):
+        # Triton launches on the current device, which need not be the one of a layer.
+        return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
     def _launch_grouped_linear(x, weight, offsets, scale, transpose: bool) -> torch.Tensor:
         """`x @ weight[g].T`, or `x @ weight[g]` with `transpose`, for each group's rows of `x`."""
         groups, n, k = weight.shape
@@ -296,25 +302,27 @@ if triton is not None:
         def grid(meta):
             return ((rows // meta["BLOCK_M"] + groups) * triton.cdiv(n, meta["BLOCK_N"]),)
 
-        _grouped_linear_kernel[grid](
-            x,
-            weight,
-            out if scale is None else scale,  # any pointer does where there is no scale
-            offsets,
-            out,
-            rows,
-            n,
-            k,
-            x.stride(0),
-            stride_wg,
-            stride_wn,
-            stride_wk,
-            0 if scale is None else scale.stride(0),
-            GROUPS=groups,
-            ROWS_A_GROUP=min(triton.next_power_of_2(triton.cdiv(rows, groups)), 4096),
-            SCALED=0 if scale is None else 2 if transpose else 1,
-            IEEE=x.dtype == torch.float32 or _INTERPRET,  # the interpreter multiplies the bit patterns of bfloat16
-        )
+        scale = None if scale is None else scale.contiguous()
+        with _on_device_of(x):
+            _grouped_linear_kernel[grid](
+                x,
+                weight,
+                out if scale is None else scale,  # any pointer does where there is no scale
+                offsets.contiguous(),
+                out,
+                rows,
+                n,
+                k,
+                x.stride(0),
+                stride_wg,
+                stride_wn,
+                stride_wk,
+                0 if scale is None else scale.stride(0),
+                GROUPS=groups,
+                ROWS_A_GROUP=min(triton.next_power_of_2(triton.cdiv(rows, groups)), 4096),
+                SCALED=0 if scale is None else 2 if transpose else 1,
+                IEEE=x.dtype == torch.float32 or _INTERPRET,  # the interpreter multiplies the bits of bfloat16
+            )
         return out
 
     class _GroupedLinearTriton(torch.autograd.Function):
@@ -438,32 +446,33 @@ def routed_mlp_triton(
     blocks = {"BLOCK_N": 16, "BLOCK_K": 16} if _INTERPRET else {"BLOCK_N": 16, "BLOCK_K": 512}
 
     intermediate = hidden_states.new_empty(tokens * top_k, intermediate_size)
-    _routed_gate_up_kernel[(tokens * top_k, triton.cdiv(intermediate_size, blocks["BLOCK_N"]))](
-        hidden_states,
-        top_k_index,
-        gate_up,
-        intermediate if gate_up_scale is None else gate_up_scale.contiguous(),
-        intermediate,
-        hidden_size,
-        intermediate_size,
-        TOP_K=top_k,
-        SCALED=gate_up_scale is not None,
-        **blocks,
-    )
     output = torch.empty_like(hidden_states)
-    _routed_down_kernel[(tokens, triton.cdiv(hidden_size, blocks["BLOCK_N"]))](
-        intermediate,
-        top_k_index,
-        top_k_weights,
-        down,
-        output if down_scale is None else down_scale.contiguous(),
-        output,
-        hidden_size,
-        intermediate_size,
-        TOP_K=top_k,
-        SCALED=down_scale is not None,
-        **blocks,
-    )
+    with _on_device_of(hidden_states):
+        _routed_gate_up_kernel[(tokens * top_k, triton.cdiv(intermediate_size, blocks["BLOCK_N"]))](
+            hidden_states,
+            top_k_index,
+            gate_up,
+            intermediate if gate_up_scale is None else gate_up_scale.contiguous(),
+            intermediate,
+            hidden_size,
+            intermediate_size,
+            TOP_K=top_k,
+            SCALED=gate_up_scale is not None,
+            **blocks,
+        )
+        _routed_down_kernel[(tokens, triton.cdiv(hidden_size, blocks["BLOCK_N"]))](
+            intermediate,
+            top_k_index,
+            top_k_weights,
+            down,
+            output if down_scale is None else down_scale.contiguous(),
+            output,
+            hidden_size,
+            intermediate_size,
+            TOP_K=top_k,
+            SCALED=down_scale is not None,
+            **blocks,
+        )
     return output
 
 

@@ -243,7 +243,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self._embed_tokens(input_ids)
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values):
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
@@ -404,10 +404,14 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         """
         image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
+        if pixel_values is not None and image_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is None:
             return None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
         batches = pixel_values.split(IMAGES_AT_A_TIME)
-        features = None
+        features: Any = None
         progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
         for i, batch in enumerate(batches):
             outputs: Any = self.get_image_features(batch, return_dict=True)
@@ -417,7 +421,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             features[i * IMAGES_AT_A_TIME : i * IMAGES_AT_A_TIME + len(batch)] = encoded
             progress.update(len(batch))
         progress.close()
-        return None if features is None else features.flatten(0, 1)
+        return features.flatten(0, 1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Key difference to most models: the first dimension of `pixel_values` is not the batch. Each copy of a row needs

@@ -31,7 +31,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
-from .quantization_longllava import prepare_quantization, scale_bytes, stored_quantization
+from .quantization_longllava import (
+    dequantize_4bit_layers,
+    loaded,
+    prepare_quantization,
+    scale_bytes,
+    stored_quantization,
+)
 from .selective_scan_longllava import causal_conv1d, selective_scan
 
 
@@ -224,7 +230,8 @@ class LongLLaVAMambaMixer(nn.Module):
     def _deferred_bias(self) -> torch.Tensor | None:
         """The bias that `dt_proj` left to the scan; none where a quantiser put a plain linear layer in its place."""
         dt_proj = self.dt_proj.get_base_layer() if hasattr(self.dt_proj, "get_base_layer") else self.dt_proj
-        return dt_proj.bias if isinstance(dt_proj, LongLLaVATimeStepProjection) else None
+        with loaded(dt_proj):
+            return dt_proj.bias if isinstance(dt_proj, LongLLaVATimeStepProjection) else None
 
     def forward(
         self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, padding: Padding | None = None
@@ -254,7 +261,8 @@ class LongLLaVAMambaMixer(nn.Module):
             else:  # the inputs up to each row's last token
                 window = padding.lengths[:, None] + torch.arange(self.conv_kernel_size, device=x.device)
                 new_conv_state = inputs.gather(-1, window[:, None].expand(-1, x.shape[1], -1))
-        x = self.act(causal_conv1d(x, conv_state, self.conv1d))
+        with loaded(self.conv1d):
+            x = self.act(causal_conv1d(x, conv_state, self.conv1d))
 
         # 2. Step size, B and C, from the input: what makes the state space selective
         time_step, B, C = self.x_proj(x.transpose(1, 2)).split(
@@ -404,7 +412,13 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """As [`~PreTrainedModel.dequantize`]; to the dtype of the weights that are not quantised, unless told."""
-        return super().dequantize(dtype or self.dtype)
+        dtype = dtype or self.dtype
+        quantizer = getattr(self, "hf_quantizer", None)
+        if getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False):
+            dequantize_4bit_layers(self, dtype)
+            quantizer.remove_quantization_config(self)
+            return self
+        return super().dequantize(dtype)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):

@@ -141,6 +141,9 @@ class MemoryPlanner:
         max_new_tokens (`int`): tokens to generate.
         prefill_chunk_size (`int`): tokens of the prompt that are read at a time.
         device (`"cuda"` or `"cpu"`): they differ in kernels.
+
+    Raises:
+        ValueError: for any of these that makes no sense.
     """
 
     def __init__(
@@ -157,6 +160,12 @@ class MemoryPlanner:
             quantization = bits_of(stored_quantization(config))
         if quantization not in ("none", "int8", "nf4"):
             raise ValueError(f"`quantization` must be none, int8 or nf4, but is {quantization!r}.")
+        if prefill_chunk_size < 1:
+            raise ValueError(f"`prefill_chunk_size` must be at least 1, but is {prefill_chunk_size}.")
+        if max_new_tokens < 0:
+            raise ValueError(f"`max_new_tokens` must be at least 0, but is {max_new_tokens}.")
+        if memory < 1:
+            raise ValueError(f"`memory` must be at least 1 byte, but is {memory}.")
         self.config, self.quantization, self.dtype, self.memory = copy.deepcopy(config), quantization, dtype, memory
         self.max_new_tokens, self.prefill_chunk_size, self.device = max_new_tokens, prefill_chunk_size, device
         self.weights = weight_bytes(self._build(self.config, "none"), quantization)

@@ -8,11 +8,16 @@ arXiv 2408.12570, section 4), which needs nothing but torch.
 import copy
 import functools
 import importlib.util
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
@@ -44,7 +49,16 @@ def skip_patterns(names: list[str] | None) -> list[str]:
         names (`list[str]`, *optional*): the user's. Transformers finds a name at the start or the end of a path; here
             it counts in the middle too, so that `"mamba"` means `model.language_model.layers.0.mamba.in_proj`.
     """
+    if isinstance(names, str):
+        raise TypeError(f"Names of modules to leave alone must be a list of strings, but are the string {names!r}.")
     names = list(names or ())
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(
+                f"{name!r}, a name of modules to leave alone, is no regular expression: {error}"
+            ) from None
     anywhere = [rf".*\b(?:{name})\b" for name in (*KEPT_MODULES, *names) if not name.startswith(".*")]
     return list(dict.fromkeys([*anywhere, *names]))
 
@@ -129,29 +143,159 @@ class LongLLaVAInt8Quantize(ConversionOps):
         return {name: weight, f"{name}_scale": scale}
 
 
+class _RecomputedLinear(torch.autograd.Function):
+    """A frozen matrix that is dequantised twice, in the forward and in the backward pass, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ctx.matrix = matrix
+        return F.linear(hidden_states, matrix())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        return grad_output @ ctx.matrix(), None
+
+
+def recomputed_linear(hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`(..., columns)` to `(..., rows)` through the frozen `(rows, columns)` that `matrix` gives whenever it is called."""
+    return _RecomputedLinear.apply(hidden_states, matrix)
+
+
+class BlockwiseWeight:
+    """
+    Bitsandbytes' 4-bit format, for as long as its weight stays where it is.
+
+    Args:
+        weight (`bitsandbytes.nn.Params4bit`): of shape `(rows, columns)` once it is dequantised.
+        groups (`int`): parts that the rows are divided into, to be dequantised one at a time.
+    """
+
+    def __init__(self, weight: Any, groups: int = 1):
+        import bitsandbytes.functional
+
+        self.functional = bitsandbytes.functional
+        self.state = state = weight.quant_state
+        rows, columns = state.shape
+        self.shape = torch.Size((groups, rows // groups, columns))
+        self.packed = weight.data.view(torch.uint8).flatten()
+        absmax = state.absmax
+        if state.nested:
+            absmax = self.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        self.absmax = absmax.float()
+
+    def matrix(self, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """`(rows // groups, columns)` in floating point."""
+        block = self.state.blocksize
+        size = self.shape[1:].numel()
+        start = group * size
+        first, last = start // block, -(-(start + size) // block)  # the blocks that hold it
+        packed = self.packed[first * block // 2 : last * block // 2]
+        if len(packed) < (last - first) * block // 2:  # the last one may not be full
+            packed = F.pad(packed, (0, (last - first) * block // 2 - len(packed)))
+        # As if a row were a block: on a CPU bitsandbytes 0.50.2 gets rows wrong that do not end with one.
+        state = self.functional.QuantState(
+            absmax=self.absmax[first:last].contiguous(),
+            shape=torch.Size((last - first, block)),
+            code=self.state.code,
+            blocksize=block,
+            quant_type=self.state.quant_type,
+            dtype=dtype,
+        )
+        values = self.functional.dequantize_4bit(packed.contiguous()[:, None], state).flatten()
+        return values[start - first * block :][:size].view(self.shape[1:])
+
+
 @functools.cache
-def _bitsandbytes_linear() -> type[nn.Module]:
-    from bitsandbytes.nn import Linear8bitLt
+def _bitsandbytes_layers() -> dict[type, type]:
+    """Bitsandbytes' linear layers, and what [`use_own_products`] makes of them."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     class LongLLaVABnbInt8Linear(Linear8bitLt):
-        """Bitsandbytes' int8 layer, but for its product: see [`use_weights_only`]."""
+        """Bitsandbytes' int8 layer, but for its product: see [`use_own_products`]."""
 
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            parts = int8_parts(self)
-            return super().forward(hidden_states) if parts is None else _int8_linear(hidden_states, *parts, self.bias)
+            weight, scale = int8_parts(self)  # type: ignore[misc]
+            return _int8_linear(hidden_states, weight, scale, self.bias)
 
-    return LongLLaVABnbInt8Linear
+    class LongLLaVABnb4bitLinear(Linear4bit):
+        """Bitsandbytes' 4-bit layer, but for its product on a CPU: see [`use_own_products`]."""
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.device.type != "cpu":
+                return super().forward(hidden_states)
+            dtype = hidden_states.dtype
+            output = recomputed_linear(hidden_states, lambda: BlockwiseWeight(self.weight).matrix(0, dtype))
+            return output if self.bias is None else output + self.bias.to(dtype)
+
+    for layer in (LongLLaVABnbInt8Linear, LongLLaVABnb4bitLinear):
+        layer.__qualname__ = layer.__name__
+    return {Linear8bitLt: LongLLaVABnbInt8Linear, Linear4bit: LongLLaVABnb4bitLinear}
 
 
-def use_weights_only(model: nn.Module) -> None:
+def __getattr__(name: str) -> Any:
+    # So that a model with these layers can be pickled, though bitsandbytes is only imported with the first of them.
+    if name.startswith("LongLLaVABnb"):
+        for layer in _bitsandbytes_layers().values():
+            if layer.__name__ == name:
+                return layer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def use_own_products(model: nn.Module) -> None:
     """
-    Multiply with bitsandbytes' int8 weights in the dtype of the activations, as everywhere here. Its own product
-    rounds the activations to float16 and then to int8, which costs four times the error (measured on the golden
-    checkpoints: a cosine of 0.998 between the logits of the two models, against 0.9993).
+    Let bitsandbytes keep the weights, and multiply with them in the dtype of the activations, as everywhere here.
+
+    Its int8 product rounds the activations to float16 and then to int8, which costs four times the error (measured on
+    the golden checkpoints: a cosine of 0.998 between the logits of the two models, against 0.9993). Its 4-bit product
+    on a CPU is wrong where rows are not whole blocks of 64, and on some CPUs repacks a layer when it is first called, so
+    that neither `save_pretrained` nor `dequantize` gets its weights out again (measured with 0.50.2).
     """
+    if "bitsandbytes" not in sys.modules:
+        return
     for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.__class__ = _bitsandbytes_linear()
+        module.__class__ = _bitsandbytes_layers().get(type(module), type(module))
+
+
+def dequantize_4bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put linear layers in the place of bitsandbytes' 4-bit ones."""
+    for name, module in list(model.named_modules()):
+        weight: Any = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is None:
+            continue
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(BlockwiseWeight(weight).matrix(0, dtype))
+        if module.bias is not None:
+            linear.bias = nn.Parameter(module.bias.to(dtype))  # type: ignore[operator]
+        model.set_submodule(name, linear)
+
+
+@contextmanager
+def loaded(layer: nn.Module) -> Iterator[None]:
+    """
+    For a layer whose weights are read and which is not called: where accelerate keeps them elsewhere, they are here as
+    long as the context is open.
+    """
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, None)
+
+
+def quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Rows and columns of a quantised layer's weight as it was read, or `None` for any other module."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.device.type != "meta" and isinstance(module, nn.Linear):
+        if getattr(weight, "quant_state", None) is not None:
+            return tuple(weight.quant_state.shape)
+        if weight.dtype == torch.int8:
+            return tuple(weight.shape)
+    return None
 
 
 def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] | None:
@@ -275,7 +419,7 @@ def prepare_quantization(
         a copy of `requested` that names all modules to leave alone, see [`skip_patterns`].
 
     Raises:
-        ValueError: if the checkpoint is quantised, and otherwise than requested.
+        ValueError: if the checkpoint is quantised, and otherwise than requested; or for `llm_int8_has_fp16_weight`.
         ImportError: if bitsandbytes is needed and missing.
     """
     wanted = requested if requested is not None else stored
@@ -295,6 +439,9 @@ def prepare_quantization(
         raise ImportError(
             f"{describe_quantization(wanted)} needs bitsandbytes: `pip install 'longllava_hf[int8]'`.{alternative}"
         )
+    settings = wanted if isinstance(wanted, dict) else wanted.to_dict()
+    if settings.get("llm_int8_has_fp16_weight"):
+        raise ValueError("`llm_int8_has_fp16_weight=True` keeps weights in float16, which this model does without.")
     if requested is None or stored is not None:
         return requested  # type: ignore[return-value]
     prepared: Any = (
@@ -311,17 +458,6 @@ def stored_quantization(config: PreTrainedConfig) -> QuantizationConfigMixin | d
     return getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-
-
-def keep_4bit_layout(model: nn.Module) -> None:
-    """
-    Keep bitsandbytes' 4-bit layers in the layout that they are stored in. On some CPUs it repacks a layer when it is
-    first called, and neither `save_pretrained` nor `dequantize` gets the same weights out of that (measured with
-    0.50.2: relative errors beyond 10 %).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def bits_of(config: QuantizationConfigMixin | dict | None) -> str | None:
@@ -440,21 +576,25 @@ def register_quantization() -> None:
 __all__ = [
     "KEPT_MODULES",
     "QUANTIZATIONS",
+    "BlockwiseWeight",
     "LongLLaVAInt8Config",
     "LongLLaVAInt8HfQuantizer",
     "LongLLaVAInt8Linear",
     "bits_of",
     "check_device_memory",
     "convertible_layers",
+    "dequantize_4bit_layers",
     "int8_parts",
-    "keep_4bit_layout",
+    "loaded",
     "named_quantization",
     "prepare_quantization",
+    "quantized_shape",
+    "recomputed_linear",
     "register_quantization",
     "row_quantizer",
     "scale_bytes",
     "skip_patterns",
     "stored_quantization",
-    "use_weights_only",
+    "use_own_products",
     "weight_bytes",
 ]
