@@ -363,7 +363,10 @@ def test_weights_that_accelerate_keeps_elsewhere(tmp_path, method):
         assert torch.equal(model.generate(text_ids(), max_new_tokens=4, do_sample=False), tokens)
     if method != "bnb-int8":
         load(quantization=method).save_pretrained(tmp_path / "saved")
-        places = {"": "cpu", "model.language_model.layers.1": "disk", "model.language_model.layers.2": "disk"}
+        places = {f"model.language_model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(8)}
+        for name in ("vision_tower", "multi_modal_projector", "language_model.embed_tokens"):
+            places[f"model.{name}"] = "cpu"
+        places["model.language_model.final_layernorm"] = places["lm_head"] = "cpu"
         model = AutoModelForImageTextToText.from_pretrained(
             tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload"
         ).eval()

@@ -32,6 +32,7 @@ from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .quantization_longllava import (
+    LongLLaVAInt8Linear,
     dequantize_4bit_layers,
     loaded,
     prepare_quantization,
@@ -364,6 +365,8 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, LongLLaVAInt8Linear):  # quantised weights are read, never drawn
+            return
         super()._init_weights(module)
         std = self.config.get_text_config().initializer_range
         if isinstance(module, LongLLaVAMambaMixer):

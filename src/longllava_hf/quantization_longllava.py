@@ -251,7 +251,7 @@ def use_own_products(model: nn.Module) -> None:
     on a CPU is wrong where rows are not whole blocks of 64, and on some CPUs repacks a layer when it is first called, so
     that neither `save_pretrained` nor `dequantize` gets its weights out again (measured with 0.50.2).
     """
-    if "bitsandbytes" not in sys.modules:
+    if sys.modules.get("bitsandbytes") is None:
         return
     for module in model.modules():
         module.__class__ = _bitsandbytes_layers().get(type(module), type(module))
@@ -290,7 +290,7 @@ def loaded(layer: nn.Module) -> Iterator[None]:
 def quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
     """Rows and columns of a quantised layer's weight as it was read, or `None` for any other module."""
     weight: Any = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.device.type != "meta" and isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and weight.device.type != "meta":
         if getattr(weight, "quant_state", None) is not None:
             return tuple(weight.quant_state.shape)
         if weight.dtype == torch.int8:
