@@ -48,6 +48,10 @@ def skip_patterns(names: list[str] | None) -> list[str]:
     Args:
         names (`list[str]`, *optional*): the user's. Transformers finds a name at the start or the end of a path; here
             it counts in the middle too, so that `"mamba"` means `model.language_model.layers.0.mamba.in_proj`.
+
+    Raises:
+        TypeError: if `names` is a string.
+        ValueError: if one of them is not a regular expression.
     """
     if isinstance(names, str):
         raise TypeError(f"Names of modules to leave alone must be a list of strings, but are the string {names!r}.")
