@@ -91,6 +91,9 @@ def random_int8_model(config: LongLLaVAConfig, device: Device) -> LongLLaVAForCo
     quantizer._process_model_before_weight_loading(model)
     model = model.to_empty(device=device.name).eval()
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # whatever no rule below knows of is finite at least
+                parameter.normal_(std=0.02)
         for module in model.modules():
             if isinstance(module, LongLLaVAInt8Linear):
                 module.weight.random_(-127, 128)
