@@ -175,7 +175,7 @@ def test_experts(experts, tokens, how, is_int8):
     assert relative(weights.grad, exact_weights.grad) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("implementation", [None, "eager", "longllava", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_equal_transformers(dtype, implementation):
     torch.manual_seed(0)

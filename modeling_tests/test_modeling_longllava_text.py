@@ -131,8 +131,9 @@ def test_attention_implementations(model, ids, implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "longllava"])
 def test_experts_implementations(model, ids, implementation):
+    assert model.config._experts_implementation == "longllava"
     model.set_experts_implementation("eager")
     expected = model(ids).logits
     model.set_experts_implementation(implementation)

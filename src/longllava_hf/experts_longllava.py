@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_longllava import LongLLaVATextConfig
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
 from .quantization_longllava import BlockwiseWeight, int8_parts, loaded, recomputed_linear
 
+
+EXPERTS_IMPLEMENTATION = "longllava"
+"""The name of this file's experts among Transformers' `experts_implementation`s, and the default of these models."""
 
 # Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
 _FEW_TOKENS = 8
@@ -280,22 +284,10 @@ def experts_routed(
     return routed_mlp_triton(hidden_states, top_k_index, top_k_weights, *weights)
 
 
-def choose_experts_implementation(
-    requested: str | None,
-    hidden_states: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    act_fn: Callable,
+def choose_experts_forward(
+    hidden_states: torch.Tensor, gate_up: ExpertWeights, down: ExpertWeights, act_fn: Callable
 ) -> Callable:
-    """
-    Which of the functions above computes the experts.
-
-    Args:
-        requested (`str`, *optional*): `"eager"` asks for the reference; with Transformers' other names it is the
-            fastest one there is for the device and the weights.
-    """
-    if requested == "eager":
-        return experts_reference
+    """Which of the functions above is the fastest for the device, the number of tokens and the weights."""
     is_blockwise = isinstance(gate_up.weight, BlockwiseWeight) or isinstance(down.weight, BlockwiseWeight)
     if is_blockwise or not has_triton_kernels(hidden_states):
         return experts_by_turn
@@ -304,6 +296,30 @@ def choose_experts_implementation(
     if len(hidden_states) <= _FEW_TOKENS and is_plain and not needs_grad and hidden_states.is_cuda:
         return experts_routed
     return experts_grouped
+
+
+def longllava_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Of the implementations registered with Transformers, the one that `experts_implementation` means by default here."""
+    with self.unpack() as (gate_up, down):
+        forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
+        return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+
+
+class StackedExperts:
+    """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
+
+    has_gate = is_concatenated = True
+    has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
+
+    def __init__(self, experts: "LongLLaVAExperts", gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
 
 class LongLLaVAExperts(nn.Module):
@@ -322,17 +338,36 @@ class LongLLaVAExperts(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
+    @contextmanager
+    def unpack(self) -> Iterator[tuple[ExpertWeights, ExpertWeights]]:
+        """What [`unpack_experts`] finds in the two layers."""
         with (
             unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
             unpack_experts(self.down_proj, self.num_experts) as down,
         ):
-            requested = self.config._experts_implementation
-            experts_forward = choose_experts_implementation(requested, hidden_states, gate_up, down, self.act_fn)
-            return experts_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+            yield gate_up, down
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        requested = self.config._experts_implementation
+        if requested in (None, EXPERTS_IMPLEMENTATION):
+            return longllava_experts_forward(self, *inputs)
+        with self.unpack() as (gate_up, down):
+            is_plain = all(
+                isinstance(w.weight, torch.Tensor) and w.scale is None and not w.adapters for w in (gate_up, down)
+            )
+            if requested != "eager" and is_plain:
+                stacked: Any = StackedExperts(self, gate_up.weight, down.weight)  # type: ignore[arg-type]
+                return ALL_EXPERTS_FUNCTIONS.get_interface(requested, longllava_experts_forward)(stacked, *inputs)
+            # Of what is quantised or has adapters Transformers' functions know nothing.
+            forward = experts_reference if requested == "eager" else experts_by_turn
+            return forward(*inputs, gate_up, down, self.act_fn)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, longllava_experts_forward)
 
 
 class LongLLaVASparseMoeBlock(nn.Module):
@@ -350,6 +385,7 @@ class LongLLaVASparseMoeBlock(nn.Module):
 
 
 __all__ = [
+    "EXPERTS_IMPLEMENTATION",
     "ExpertWeights",
     "LongLLaVAExperts",
     "LongLLaVAMLP",

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .configuration_longllava import LongLLaVATextConfig
-from .experts_longllava import LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .quantization_longllava import (
     LongLLaVAInt8Linear,
     dequantize_4bit_layers,
@@ -362,6 +362,10 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers looks for the experts in the source of this file; they have one of their own.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As [`~PreTrainedModel.get_correct_experts_implementation`]; the default is this package's own."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
