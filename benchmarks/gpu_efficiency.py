@@ -21,9 +21,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
-from longllava_hf.plan import published_shape
-from longllava_hf.quantization_longllava import LongLLaVAInt8HfQuantizer, LongLLaVAInt8Linear
+from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
+from longllava_hf.plan import build_on_meta, published_shape
+from longllava_hf.quantization_longllava import LongLLaVAInt8Linear
 
 
 # Seconds to read 100,000 tokens, tokens a second after them, and GB: one A100 80 GB, vLLM, int8.
@@ -85,11 +85,7 @@ class Device:
 
 def random_int8_model(config: LongLLaVAConfig, device: Device) -> LongLLaVAForConditionalGeneration:
     """The model with random weights, which are never anywhere but on the device, and never wider than they are kept."""
-    with torch.device("meta"):
-        model: Any = LongLLaVAForConditionalGeneration(config).to(torch.bfloat16)
-    quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
-    quantizer._process_model_before_weight_loading(model)
-    model = model.to_empty(device=device.name).eval()
+    model: Any = build_on_meta(config, int8=True).to_empty(device=device.name)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():  # whatever no rule below knows of is finite at least
@@ -144,6 +140,19 @@ def work(model: LongLLaVAForConditionalGeneration, tokens: int) -> tuple[float, 
     return operations, read
 
 
+def generate(model, ids: torch.Tensor, count: int, chunk: int, **inputs) -> None:
+    """Exactly so many tokens."""
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        prefill_chunk_size=chunk,
+        do_sample=False,
+        **inputs,
+    )
+
+
 @torch.inference_mode()
 def measure_text(model, device: Device, tokens: int, new_tokens: int, chunk: int) -> dict[str, Any]:
     ids = torch.randint(600, model.config.get_text_config().vocab_size, (1, tokens), device=device.name)
@@ -151,22 +160,10 @@ def measure_text(model, device: Device, tokens: int, new_tokens: int, chunk: int
     model.generate(input_ids=warm, max_new_tokens=4, prefill_chunk_size=chunk, do_sample=False)  # kernels are chosen
     device.reset_peak()
     cache = DynamicCache(config=model.config)
-    outputs: dict[str, torch.Tensor] = {}
-
-    def generate(name: str, ids: torch.Tensor, count: int) -> None:
-        outputs[name] = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            prefill_chunk_size=chunk,
-            do_sample=False,
-        )
-
-    prefill = device.time(lambda: generate("first", ids, 1))
-    # The cache holds the prompt; what follows is decoding alone.
-    decode = device.time(lambda: generate("rest", outputs["first"], new_tokens))
+    prefill = device.time(lambda: generate(model, ids, 1, chunk, past_key_values=cache))
+    # The cache holds the prompt; what follows is decoding alone, from whatever token.
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
+    decode = device.time(lambda: generate(model, longer, new_tokens, chunk, past_key_values=cache))
     return {"prefill s": prefill, "tokens / s": new_tokens / decode, "peak GB": device.peak_gigabytes()}
 
 
@@ -179,19 +176,7 @@ def measure_images(model, device: Device, images: int, new_tokens: int, chunk: i
     tower = device.time(lambda: model._encode_images({"pixel_values": pixels}))
     image = [600, *[config.image_token_id] * config.image_seq_length, 601, 602]
     ids = torch.tensor([image * images + [603] * 32], device=device.name)
-
-    def generate(count: int) -> None:
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            prefill_chunk_size=chunk,
-            do_sample=False,
-        )
-
-    whole = device.time(lambda: generate(new_tokens))
+    whole = device.time(lambda: generate(model, ids, new_tokens, chunk, pixel_values=pixels))
     return {
         "images": images,
         "prompt tokens": ids.shape[1],

@@ -86,13 +86,12 @@ class SplitExperts(ConversionOps):
         (tensors,) = input_dict.values()
         stacked = tensors[0] if isinstance(tensors, list) else tensors
         before = full_layer_name.split(".experts.")[0]
+        name = f"{before}.experts.{source_patterns[0].rpartition('.experts.')[2].partition('(')[0]}"
         # Packed bits are one column, of whatever dtype.
         if not stacked.is_floating_point() or stacked.shape[-1] == 1:
-            return {f"{before}.experts.{source_patterns[0].rpartition('.experts.')[2].partition('(')[0]}": stacked}
-        num_experts = config.get_text_config().num_experts
-        parts = stacked.chunk(num_experts * len(target_patterns))
-        names = [pattern.rpartition(".experts.*")[2] for pattern in target_patterns]
-        return {f"{before}.experts.{i // len(names)}{names[i % len(names)]}": part for i, part in enumerate(parts)}
+            return {name: stacked}
+        names = expert_names(name, config.get_text_config().num_experts)
+        return dict(zip(names, stacked.chunk(len(names))))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -224,16 +223,6 @@ class _OwnedSlice:
     def __getitem__(self, index) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as pointer:
             return pointer.get_slice(self.name)[index].clone()
-
-    def _described(self, what: str):
-        with safe_open(self.file, framework="pt") as pointer:
-            return getattr(pointer.get_slice(self.name), what)()
-
-    def get_shape(self) -> list[int]:
-        return self._described("get_shape")
-
-    def get_dtype(self) -> str:
-        return self._described("get_dtype")
 
 
 def read_one_by_one(checkpoint_files: Iterable[str]) -> dict[str, _OwnedSlice]:

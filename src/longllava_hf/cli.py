@@ -22,7 +22,7 @@ from .image_processing_longllava import Frames, VideoFile, load_picture, read_so
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import LongLLaVAProcessor
-from .quantization_longllava import QUANTIZATIONS, named_quantization
+from .quantization_longllava import BITS, QUANTIZATIONS, named_quantization
 
 
 @dataclass
@@ -303,9 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("plan", plan, "What a run takes in memory, before it is started, and how many images fit.")
     command.add_argument("model", nargs="?", help="folder or Hub id")
     command.add_argument("--shape", choices=list(SHAPES), help="a published shape, instead of a model")
-    command.add_argument(
-        "--quantization", choices=["none", "int8", "nf4"], help="of the weights (default: the checkpoint's own)"
-    )
+    command.add_argument("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)")
     command.add_argument("--images", type=int, default=1000)
     command.add_argument("--max-new-tokens", type=int, default=256)
     command.add_argument("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)")

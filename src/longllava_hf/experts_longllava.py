@@ -298,15 +298,6 @@ def choose_experts_forward(
     return experts_grouped
 
 
-def longllava_experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Of the implementations registered with Transformers, the one that `experts_implementation` means by default here."""
-    with self.unpack() as (gate_up, down):
-        forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
-        return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
-
-
 class StackedExperts:
     """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
 
@@ -338,36 +329,31 @@ class LongLLaVAExperts(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    @contextmanager
-    def unpack(self) -> Iterator[tuple[ExpertWeights, ExpertWeights]]:
-        """What [`unpack_experts`] finds in the two layers."""
-        with (
-            unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
-            unpack_experts(self.down_proj, self.num_experts) as down,
-        ):
-            yield gate_up, down
-
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        requested = self.config._experts_implementation
-        if requested in (None, EXPERTS_IMPLEMENTATION):
-            return longllava_experts_forward(self, *inputs)
-        with self.unpack() as (gate_up, down):
+        requested = self.config._experts_implementation or EXPERTS_IMPLEMENTATION
+        with (
+            unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
+            unpack_experts(self.down_proj, self.num_experts) as down,
+        ):
+            # Of what is quantised or has adapters Transformers' functions know nothing.
             is_plain = all(
                 isinstance(w.weight, torch.Tensor) and w.scale is None and not w.adapters for w in (gate_up, down)
             )
-            if requested != "eager" and is_plain:
+            if requested not in ("eager", EXPERTS_IMPLEMENTATION) and is_plain:
                 stacked: Any = StackedExperts(self, gate_up.weight, down.weight)  # type: ignore[arg-type]
-                return ALL_EXPERTS_FUNCTIONS.get_interface(requested, longllava_experts_forward)(stacked, *inputs)
-            # Of what is quantised or has adapters Transformers' functions know nothing.
-            forward = experts_reference if requested == "eager" else experts_by_turn
+                return ALL_EXPERTS_FUNCTIONS[requested](stacked, *inputs)
+            forward: Callable = experts_reference
+            if requested != "eager":
+                forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
             return forward(*inputs, gate_up, down, self.act_fn)
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, longllava_experts_forward)
+# What makes it a name that `experts_implementation` accepts.
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, LongLLaVAExperts.forward)
 
 
 class LongLLaVASparseMoeBlock(nn.Module):

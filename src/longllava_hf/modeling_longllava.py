@@ -5,6 +5,7 @@ decoder may be any that Transformers knows; LongLLaVA's own is in `modeling_long
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,15 @@ class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     _can_record_outputs: dict[str, Any] = {}
 
 
+def _batches(pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """As many pictures as the tower sees at a time, with progress."""
+    progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
+    for batch in pixel_values.split(IMAGES_AT_A_TIME):
+        yield batch
+        progress.update(len(batch))
+    progress.close()
+
+
 def _check_image_tokens(mask: torch.Tensor, image_features: torch.Tensor) -> None:
     if mask.is_meta:  # nothing to count where only shapes are computed
         return
@@ -148,10 +158,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
         if len(pixel_values) > IMAGES_AT_A_TIME:
-            batches = logging.tqdm(
-                pixel_values.split(IMAGES_AT_A_TIME), desc="Encoding images", delay=1.0, leave=False
-            )
-            parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
+            parts = [self.get_image_features(batch, return_dict=True) for batch in _batches(pixel_values)]
             return BaseModelOutputWithPooling(
                 last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
                 pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
@@ -410,17 +417,13 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is None:
             return None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
-        batches = pixel_values.split(IMAGES_AT_A_TIME)
         features: Any = None
-        progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(_batches(pixel_values)):
             outputs: Any = self.get_image_features(batch, return_dict=True)
             encoded = torch.stack(outputs.pooler_output)
             if features is None:
                 features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
             features[i * IMAGES_AT_A_TIME : i * IMAGES_AT_A_TIME + len(batch)] = encoded
-            progress.update(len(batch))
-        progress.close()
         return features.flatten(0, 1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -23,6 +23,7 @@ from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
 from .modeling_longllava import IMAGES_AT_A_TIME, LongLLaVAForConditionalGeneration
 from .quantization_longllava import (
+    BITS,
     LongLLaVAInt8Config,
     LongLLaVAInt8HfQuantizer,
     bits_of,
@@ -125,8 +126,26 @@ class MemoryPlan:
         }
 
 
-def _tensors(group: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(group) if isinstance(leaf, torch.Tensor)]
+def build_on_meta(
+    config: LongLLaVAConfig, dtype: torch.dtype = torch.bfloat16, int8: bool = False
+) -> LongLLaVAForConditionalGeneration:
+    """The model without its weights' values, unquantised or in this package's int8, whatever its checkpoint is in."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model: Any = LongLLaVAForConditionalGeneration(config)
+    model = model.to(dtype).eval()
+    if int8:
+        quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
+        quantizer._process_model_before_weight_loading(model)
+    return model
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of all tensors in one layer of a cache."""
+    return sum(leaf.nbytes for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor))
 
 
 class MemoryPlanner:
@@ -158,8 +177,8 @@ class MemoryPlanner:
     ):
         if quantization is None:
             quantization = bits_of(stored_quantization(config))
-        if quantization not in ("none", "int8", "nf4"):
-            raise ValueError(f"`quantization` must be none, int8 or nf4, but is {quantization!r}.")
+        if quantization not in BITS:
+            raise ValueError(f"`quantization` must be one of {', '.join(BITS)}, but is {quantization!r}.")
         if prefill_chunk_size < 1:
             raise ValueError(f"`prefill_chunk_size` must be at least 1, but is {prefill_chunk_size}.")
         if max_new_tokens < 0:
@@ -168,24 +187,11 @@ class MemoryPlanner:
             raise ValueError(f"`memory` must be at least 1 byte, but is {memory}.")
         self.config, self.quantization, self.dtype, self.memory = copy.deepcopy(config), quantization, dtype, memory
         self.max_new_tokens, self.prefill_chunk_size, self.device = max_new_tokens, prefill_chunk_size, device
-        self.weights = weight_bytes(self._build(self.config, "none"), quantization)
+        self.weights = weight_bytes(build_on_meta(self.config, dtype), quantization)
         # A layer's activations are gone when the next one of its kind starts, so one of each kind will do.
-        self.model = self._build(self._smallest_config(), quantization)
+        self.model = build_on_meta(self._smallest_config(), dtype, int8=quantization == "int8")
         self._kv_bytes_a_token, self._state_bytes = self._measure_cache()
         self._plans: dict[int, MemoryPlan] = {}
-
-    def _build(self, config: LongLLaVAConfig, quantization: str) -> LongLLaVAForConditionalGeneration:
-        config = copy.deepcopy(config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            model: Any = LongLLaVAForConditionalGeneration(config)
-        model = model.to(self.dtype).eval()
-        if quantization == "int8":
-            quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
-            quantizer._process_model_before_weight_loading(model)
-        return model
 
     def _smallest_config(self) -> LongLLaVAConfig:
         text = self.config.get_text_config()
@@ -213,7 +219,7 @@ class MemoryPlanner:
         kv = states = 0.0
         for layer, kind in zip(cache.layers, kinds):
             share = kinds.count(kind) / kinds[: len(cache.layers)].count(kind)
-            size = share * sum(tensor.nbytes for tensor in _tensors(vars(layer)))
+            size = share * _layer_bytes(layer)
             kv, states = (kv + size, states) if kind == "full_attention" else (kv, states + size)
         return round(kv), round(states)
 
@@ -269,7 +275,7 @@ class MemoryPlanner:
                 logits_to_keep=1,
             )
             del outputs
-            kept = sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
+            kept = sum(map(_layer_bytes, cache.layers))
         return tracker.peak - kept + (self._largest_matrix() if self.quantization == "nf4" else 0)
 
     def _largest_matrix(self) -> int:
@@ -328,13 +334,10 @@ class MemoryPlanner:
             share = (self.memory - low.total) / (high.total - low.total)
             guess = low.images + min(max(int(share * (high.images - low.images)), 1), high.images - low.images - 1)
             found = self._plan(guess)
-            if found.fits and guess > low.images and self._next_does_not_fit(found):
+            if found.fits and not self._plan(guess + 1).fits:
                 return guess
             low, high = (found, high) if found.fits else (low, found)
         return low.images
-
-    def _next_does_not_fit(self, plan: MemoryPlan) -> bool:
-        return not self._plan(plan.images + 1).fits
 
     def curve(self, up_to: int, points: int = 5) -> list[MemoryPlan]:
         """Plans for some numbers of images between 0 and `up_to`, to be drawn."""
@@ -385,4 +388,12 @@ def published_shape(name: str) -> LongLLaVAConfig:
     return LongLLaVAConfig(text_config=dict(SHAPES[name]))
 
 
-__all__ = ["SHAPES", "MemoryPlan", "MemoryPlanner", "MemoryTracker", "draw_plan", "published_shape"]
+__all__ = [
+    "SHAPES",
+    "MemoryPlan",
+    "MemoryPlanner",
+    "MemoryTracker",
+    "build_on_meta",
+    "draw_plan",
+    "published_shape",
+]

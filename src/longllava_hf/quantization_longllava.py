@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
     AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
@@ -36,6 +38,9 @@ INT8_METHOD = "longllava_int8"
 
 QUANTIZATIONS = ("none", "int8", "bnb-int8", "nf4")
 """What [`named_quantization`] knows."""
+
+BITS = ("none", "int8", "nf4")
+"""What they differ in as far as memory goes, from the most to the least of it."""
 
 KEPT_MODULES = ("mamba", "router", "embed_tokens", "lm_head", "multi_modal_projector", "vision_tower")
 """Modules, by a part of their path, that every quantiser leaves in the model's dtype."""
@@ -94,6 +99,21 @@ def _int8_linear(
     return output if bias is None else output + bias
 
 
+def _dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer in the weight's dtype."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(weight.dtype))
+    return linear
+
+
+def _bitsandbytes_scales(layer: nn.Module) -> Any:
+    """127 times the scales of an int8 layer: at the weight, until bitsandbytes calls the layer itself."""
+    scales = getattr(layer.weight, "SCB", None)
+    return getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
+
+
 def int8_parts(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The int8 weight `(rows, columns)` and float32 scales `(rows,)` of a quantised layer, bitsandbytes' or ours."""
     weight: Any = layer.weight
@@ -101,9 +121,7 @@ def int8_parts(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     scale: Any = getattr(layer, "weight_scale", None)
     if scale is None:
-        # Bitsandbytes keeps 127 times the scales, at the weight until it calls the layer itself.
-        scb = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
-        scale = scb.float() / 127
+        scale = _bitsandbytes_scales(layer).float() / 127
     return weight.data, scale.data
 
 
@@ -131,11 +149,7 @@ class LongLLaVAInt8Linear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The linear layer that this one stands for."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter((self.weight.float() * self.weight_scale[:, None]).to(dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype))
-        return linear
+        return _dense_linear((self.weight.float() * self.weight_scale[:, None]).to(dtype), self.bias)
 
 
 class LongLLaVAInt8Quantize(ConversionOps):
@@ -267,11 +281,8 @@ def dequantize_4bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
         weight: Any = getattr(module, "weight", None)
         if getattr(weight, "quant_state", None) is None:
             continue
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        linear.weight = nn.Parameter(BlockwiseWeight(weight).matrix(0, dtype))
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias.to(dtype))  # type: ignore[operator]
-        model.set_submodule(name, linear)
+        bias: Any = module.bias
+        model.set_submodule(name, _dense_linear(BlockwiseWeight(weight).matrix(0, dtype), bias))
 
 
 @contextmanager
@@ -340,9 +351,9 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
-        skipped = skip_patterns(self.quantization_config.modules_to_not_convert)  # type: ignore[attr-defined]
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and should_convert_module(name, skipped):
+        names = self.quantization_config.modules_to_not_convert  # type: ignore[attr-defined]
+        for name, module in convertible_layers(model, names):
+            if type(module) is nn.Linear:
                 with torch.device("meta"):
                     quantized = LongLLaVAInt8Linear(module.in_features, module.out_features, module.bias is not None)
                 quantized.bias = module.bias
@@ -465,16 +476,16 @@ def stored_quantization(config: PreTrainedConfig) -> QuantizationConfigMixin | d
 
 
 def bits_of(config: QuantizationConfigMixin | dict | None) -> str | None:
-    """`"none"`, `"int8"` or `"nf4"`, as far as memory goes; `None` for any other quantisation."""
+    """Which of [`BITS`] a quantisation comes to; `None` for any other."""
     if config is None:
         return "none"
     names = {"bitsandbytes int8": "int8", INT8_METHOD: "int8", "bitsandbytes nf4": "nf4", "bitsandbytes fp4": "nf4"}
     return names.get(describe_quantization(config))
 
 
-def convertible_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of each linear layer that quantisers convert, or have converted."""
-    skipped = skip_patterns(None)
+def convertible_layers(model: nn.Module, names: list[str] | None = None) -> list[tuple[str, Any]]:
+    """Name and module of each linear layer that quantisers convert, or have converted, if told to skip `names`."""
+    skipped = skip_patterns(names)
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -537,7 +548,7 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     needed = sum(weight_bytes(model, quantization).values())
     if needed <= free:
         return
-    smaller = ["int8", "nf4"][["none", "int8", "nf4"].index(quantization) :]
+    smaller = BITS[BITS.index(quantization) + 1 :]
     others = [f"{sum(weight_bytes(model, kind).values()) / 1e9:.1f} GB in {kind}" for kind in smaller]
     raise ValueError(
         f"The weights of `{source}` take {needed / 1e9:.1f} GB"
@@ -560,17 +571,13 @@ def scale_bytes(model: nn.Module) -> int:
             if state.nested:
                 tensors += [state.state2.absmax, state.offset]
         elif getattr(weight, "dtype", None) == torch.int8:
-            kept_in_state = getattr(getattr(module, "state", None), "SCB", None)
-            scales = getattr(weight, "SCB", None)
-            tensors = [kept_in_state if scales is None else scales]
+            tensors = [_bitsandbytes_scales(module)]
         total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     return total
 
 
 def register_quantization() -> None:
     """Tell Transformers of `quant_method: longllava_int8`."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
     if INT8_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(INT8_METHOD)(LongLLaVAInt8HfQuantizer)
     if INT8_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -578,6 +585,7 @@ def register_quantization() -> None:
 
 
 __all__ = [
+    "BITS",
     "KEPT_MODULES",
     "QUANTIZATIONS",
     "BlockwiseWeight",
