@@ -1,14 +1,38 @@
 """The scan against a float64 reference that is written out here, and against Transformers' own."""
 
+import itertools
+import os
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from longllava_hf import selective_scan_longllava
-from longllava_hf.selective_scan_longllava import causal_conv1d, selective_scan, selective_scan_reference
+from longllava_hf.selective_scan_longllava import (
+    causal_conv1d,
+    causal_conv1d_reference,
+    choose_scan,
+    selective_scan,
+    selective_scan_reference,
+)
 
 
-def make_inputs(batch=2, channels=6, states=3, length=17, dtype=torch.float32, seed=0, dt=0.0):
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["torch", "triton"]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Several groups of channels and blocks of tokens, the last of each an odd one."""
+    monkeypatch.setattr(selective_scan_longllava, "_BUSY_STATES", 12)
+    monkeypatch.setattr(selective_scan_longllava, "_BLOCK_VALUES", 12 * 60)
+    monkeypatch.setattr(selective_scan_longllava, "_KERNEL_CHANNELS", 8)
+
+
+def make_inputs(batch=2, channels=6, states=3, length=17, dtype=torch.float32, seed=0, dt=0.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -25,10 +49,19 @@ def make_inputs(batch=2, channels=6, states=3, length=17, dtype=torch.float32, s
         "delta_bias": randn(channels),
         "initial_state": randn(batch, channels, states),
     }
-    return {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    return {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
 
 
-def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None):
+def make_boundaries(batch, length):
+    """Sequences of a few tokens, at other places in every row; one of them right at the second token."""
+    generator = torch.Generator().manual_seed(length)
+    seq_idx = (torch.rand(batch, length, generator=generator) < 0.1).cumsum(-1)
+    if length > 1:
+        seq_idx[0, 1:] += 1
+    return seq_idx
+
+
+def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, seq_idx=None):
     """Every state of every channel on its own, in Python loops over float64."""
     u, delta, A, B, C = (x.double() for x in (u, delta, A, B, C))
     bias = torch.zeros(u.shape[1]).double() if delta_bias is None else delta_bias.double()
@@ -38,6 +71,8 @@ def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=No
             for n in range(A.shape[1]):
                 h = 0.0 if initial_state is None else initial_state[b, d, n].double()
                 for t in range(u.shape[2]):
+                    if seq_idx is not None and t > 0 and seq_idx[b, t] != seq_idx[b, t - 1]:
+                        h = 0.0
                     dt = F.softplus(delta[b, d, t] + bias[d])
                     h = torch.exp(dt * A[d, n]) * h + dt * B[b, n, t] * u[b, d, t]
                     y[b, d, t] += C[b, n, t] * h
@@ -49,34 +84,97 @@ def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=No
     return y, final
 
 
-@pytest.mark.parametrize("scan", [selective_scan, selective_scan_reference])
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize(
-    "options", [(), ("D",), ("z",), ("delta_bias",), ("initial_state",), ("D", "z", "initial_state")]
+    "options",
+    [(), ("D",), ("z",), ("delta_bias",), ("initial_state",), ("seq_idx",), ("D", "z", "initial_state", "seq_idx")],
 )
-def test_equals_the_recurrence_written_out(scan, options):
-    inputs = make_inputs(batch=2, channels=3, states=2, length=19)
+def test_equals_the_recurrence_written_out(implementation, options):
+    inputs = {**make_inputs(batch=2, channels=3, states=2, length=19), "seq_idx": make_boundaries(2, 19)}
     inputs = {k: v for k, v in inputs.items() if k in ("u", "delta", "A", "B", "C", *options)}
-    y, state = scan(**inputs, delta_softplus=True, return_final_state=True)
     expected, expected_state = by_hand(**inputs)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=1e-5)
+    inputs = {k: v.to(DEVICE) for k, v in inputs.items()}
+    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True, implementation=implementation)
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.double().cpu(), expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 1000, 1025])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_outputs_and_gradients_at_odd_lengths(length, batch, monkeypatch):
-    monkeypatch.setattr(selective_scan_longllava, "_BLOCK_LENGTH", 300)  # several blocks, the last one odd
-    exact = make_inputs(batch=batch, length=length, dtype=torch.float64)
-    results = {}
-    for scan, dtype in ((selective_scan_reference, torch.float64), (selective_scan, torch.float32)):
-        inputs = {k: v.detach().clone().to(dtype).requires_grad_() for k, v in exact.items()}
-        y, state = scan(**inputs, delta_softplus=True, return_final_state=True)
-        weight = torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
-        ((y * weight).sum() + state.sin().sum()).backward()
-        results[scan] = [y.detach(), state.detach(), *(inputs[k].grad for k in inputs)]
-    for expected, found in zip(results[selective_scan_reference], results[selective_scan]):
-        scale = expected.abs().max().clamp(min=1.0)
-        assert ((found.double() - expected).abs().max() / scale) < 1e-5
+def results(inputs, seq_idx=None, **options):
+    """Output, final state, and the gradients of a sum of both."""
+    inputs = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    y, state = selective_scan(**inputs, seq_idx=seq_idx, delta_softplus=True, return_final_state=True, **options)
+    weight = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y)
+    ((y.double() * weight).sum() + state.double().sin().sum()).backward()
+    found = {"y": y.detach(), "final_state": state.detach()}
+    return {**found, **{f"gradient of {k}": v.grad for k, v in inputs.items()}}
+
+
+def check(inputs, seq_idx, implementation, tolerance, **options):
+    exact = {k: v.double() for k, v in inputs.items()}
+    expected = results(exact, seq_idx, implementation="reference", **options)
+    for name, found in results(inputs, seq_idx, implementation=implementation, **options).items():
+        scale = expected[name].abs().max().clamp(min=1.0)
+        error = ((found.double() - expected[name]).abs().max() / scale).item()
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("length", "batch", "boundaries"),
+    [(*case, boundaries) for case in itertools.product([1, 2, 63, 64, 65], [1, 3]) for boundaries in (False, True)]
+    + [(1000, 1, False), (1000, 3, True)],  # the interpreter of Triton kernels takes its time
+)
+def test_outputs_and_gradients_at_odd_lengths(length, batch, boundaries, implementation):
+    inputs = make_inputs(batch=batch, length=length, device=DEVICE)
+    seq_idx = make_boundaries(batch, length).to(DEVICE) if boundaries else None
+    check(inputs, seq_idx, implementation, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("without", [("D",), ("z",), ("initial_state",), ("delta_bias",), ("D", "z", "initial_state")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_without_what_is_optional(without, implementation, dtype):
+    inputs = {k: v for k, v in make_inputs(length=65, dtype=dtype, device=DEVICE).items() if k not in without}
+    check(inputs, make_boundaries(2, 65).to(DEVICE), implementation, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "batch"), [*itertools.product([1, 2, 63, 64, 65], [1, 3]), (1000, 1)])
+def test_half_precision(dtype, implementation, length, batch):
+    inputs = make_inputs(batch=batch, length=length, dtype=dtype, device=DEVICE)
+    check(inputs, None, implementation, 1e-2)
+    # A sum of bfloat16 states would be off by percents; those of float32 are not.
+    state = inputs.pop("initial_state").float()
+    options = {"delta_softplus": True, "initial_state": state, "return_final_state": True}
+    y, final_state = selective_scan(**inputs, **options, implementation=implementation)
+    expected = selective_scan_reference(**{k: v.double() for k, v in inputs.items()}, **options)[1]
+    assert y.dtype == dtype and final_state.dtype == torch.float32
+    torch.testing.assert_close(final_state.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strides_do_not_matter(implementation):
+    """As the mixer has them: transposed views, the gate being half of a tensor."""
+    inputs = make_inputs(length=33, device=DEVICE)
+    expected = results(inputs, implementation=implementation)
+    both = torch.cat([inputs["u"], inputs["z"]], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["u"], inputs["z"] = both.chunk(2, dim=1)
+    for name in ("delta", "B", "C"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    leaf = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    y, state = selective_scan(**leaf, delta_softplus=True, return_final_state=True, implementation=implementation)
+    weight = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view(y.shape)
+    ((y.double() * weight).sum() + state.double().sin().sum()).backward()
+    found = {"y": y, "final_state": state, **{f"gradient of {k}": v.grad for k, v in leaf.items()}}
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_states_that_are_no_power_of_two(implementation, channels):
+    check(make_inputs(channels=channels, states=5, length=70, device=DEVICE), None, implementation, 1e-5)
 
 
 def test_equals_transformers():
@@ -106,28 +204,44 @@ def test_a_sequence_may_be_cut_anywhere(cuts):
     torch.testing.assert_close(state, final)
 
 
-@pytest.mark.parametrize("dt", [-40.0, 20.0, 200.0])
-def test_extreme_step_sizes(dt):
-    inputs = {k: v.requires_grad_() for k, v in make_inputs(length=200, dt=dt).items()}
-    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
-    (y.sum() + state.sum()).backward()
-    assert all(torch.isfinite(x).all() for x in (y, state, *(v.grad for v in inputs.values())))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_sequences_equal_each_alone(implementation):
+    inputs = make_inputs(batch=1, length=60, device=DEVICE)
+    inputs.pop("initial_state")
+    seq_idx = torch.tensor([[0] * 7 + [1] * 1 + [2] * 52], device=DEVICE)
+    options = {"delta_softplus": True, "return_final_state": True, "implementation": implementation}
+    y, state = selective_scan(**inputs, seq_idx=seq_idx, **options)
+    for begin, end in ((0, 7), (7, 8), (8, 60)):
+        alone = {k: v[..., begin:end] if v.ndim == 3 else v for k, v in inputs.items()}
+        expected, expected_state = selective_scan(**alone, **options)
+        torch.testing.assert_close(y[..., begin:end], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_state_in_float32(dtype):
-    inputs = make_inputs(length=130, dtype=dtype)
-    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
-    expected, expected_state = selective_scan_reference(
-        **{k: v.double() for k, v in inputs.items()}, delta_softplus=True, return_final_state=True
-    )
-    assert y.dtype == dtype and state.dtype == torch.float32
-    assert (y.double() - expected).abs().max() / expected.abs().max() < 1e-2
-    torch.testing.assert_close(state.double(), expected_state, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dt", [-200.0, -40.0, 20.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_step_sizes(dt, implementation, dtype):
+    found = results(make_inputs(length=100, dt=dt, dtype=dtype, device=DEVICE), implementation=implementation)
+    assert all(torch.isfinite(x).all() for x in found.values())
 
 
-def test_memory_does_not_grow_with_the_states():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_of_minus_infinity_is_none(implementation):
+    """How padding is skipped: neither state nor gradients know of it."""
+    inputs = make_inputs(length=20, device=DEVICE)
+    inputs["delta"][..., 10:] = float("-inf")
+    found = results(inputs, implementation=implementation)
+    assert all(torch.isfinite(x).all() for x in found.values())
+    short = {k: v[..., :10] if v.ndim == 3 and k != "initial_state" else v for k, v in inputs.items()}
+    final = selective_scan(**short, delta_softplus=True, return_final_state=True, implementation=implementation)[1]
+    torch.testing.assert_close(found["final_state"], final)
+    assert not found["gradient of delta"][..., 10:].any()
+
+
+def test_memory_does_not_grow_with_the_states(monkeypatch):
     """What autograd keeps for a long sequence is far less than one state for each token."""
+    monkeypatch.undo()
     inputs = {k: v.requires_grad_() for k, v in make_inputs(batch=1, channels=8, states=16, length=6000).items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -137,13 +251,151 @@ def test_memory_does_not_grow_with_the_states():
     assert sum(kept) < all_states * 2
 
 
-def test_convolution_knows_its_past():
+def test_the_dispatcher(monkeypatch):
+    u = torch.empty(1, 8, 4)
+    assert choose_scan(u) == ("triton" if u.is_cuda else "torch")
+    assert choose_scan(u, requested="reference") == "reference"
+    assert choose_scan(u.to("meta").double().float()) == "triton"  # plans are for a GPU
+    with pytest.raises(
+        ValueError, match=r"must be one of \['reference', 'torch', 'triton', 'mamba_ssm'\], but is 'x'"
+    ):
+        choose_scan(u, requested="x")
+    with pytest.raises(ValueError, match="needs the package mamba-ssm"):
+        choose_scan(u, requested="mamba_ssm")
+    monkeypatch.setattr(selective_scan_longllava, "is_installed", lambda package: True)
+    on_a_gpu = types.SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, is_meta=False, shape=u.shape
+    )
+    assert choose_scan(on_a_gpu) == "mamba_ssm"
+    assert choose_scan(on_a_gpu, requested="triton") == "triton"
+    for limits in ({"has_state": True}, {"has_boundaries": True}):  # which the package does not know
+        assert choose_scan(on_a_gpu, **limits) == choose_scan(on_a_gpu, **limits, requested="mamba_ssm") == "triton"
+    on_a_gpu.dtype = torch.float64
+    assert choose_scan(on_a_gpu) == "torch"
+
+
+def test_mamba_ssm_is_called_as_it_wants(monkeypatch):
+    """Its documented signature, computed by Transformers' scan."""
+    jamba = pytest.importorskip("transformers.models.jamba.modeling_jamba")
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        assert u.dtype == delta.dtype == B.dtype == C.dtype == z.dtype
+        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        return jamba.mamba_selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state
+        )
+
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setattr(selective_scan_longllava, "choose_scan", lambda *args: "mamba_ssm")
+    inputs = make_inputs(length=12)
+    inputs.pop("initial_state")
+    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
+    expected, expected_state = selective_scan_reference(**inputs, delta_softplus=True, return_final_state=True)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+def make_conv(channels=6, bias=True):
     torch.manual_seed(0)
-    conv1d = torch.nn.Conv1d(6, 6, kernel_size=4, groups=6)
-    x = torch.randn(2, 6, 30)
+    return torch.nn.Conv1d(channels, channels, kernel_size=4, groups=channels, bias=bias)
+
+
+def test_convolution_knows_its_past():
+    conv1d, x = make_conv(), torch.randn(2, 6, 30)
     expected = conv1d(F.pad(x, (3, 0)))
     state, pieces = x.new_zeros(2, 6, 4), []
     for piece in x.split([1, 2, 3, 24], dim=-1):
-        pieces.append(causal_conv1d(piece, state, conv1d))
+        pieces.append(causal_conv1d(piece, conv1d, state))
         state = torch.cat([state, piece], dim=-1)[..., -4:]
     torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 30])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("has_past", [True, False])
+@pytest.mark.parametrize("boundaries", [True, False])
+def test_convolution_equals_its_reference(length, bias, has_past, boundaries):
+    conv1d = make_conv(bias=bias).double()
+    seq_idx = make_boundaries(3, length) if boundaries else None
+    found = []
+    for convolve in (causal_conv1d, causal_conv1d_reference):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 6, length, generator=generator, dtype=torch.float64, requires_grad=True)
+        past = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        conv1d.zero_grad()
+        y = convolve(x, conv1d, past if has_past else None, seq_idx)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y, x.grad, *(p.grad.clone() for p in conv1d.parameters()), *([past.grad] if has_past else [])])
+    for ours, reference in zip(*found):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_causal_conv1d_is_called_as_it_wants(monkeypatch):
+    """The package's documented demands, and its result from the reference."""
+    conv1d = make_conv(8)
+    calls = []
+
+    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None):
+        assert weight.shape == (8, 4) and bias.shape == (8,)
+        assert x.stride(1) == 1
+        assert seq_idx is None or (initial_states is None and seq_idx.dtype == torch.int32 and seq_idx.is_contiguous())
+        if initial_states is not None:
+            assert initial_states.shape == (2, 8, 3) and initial_states.stride(1) == 1
+            initial_states = F.pad(initial_states, (1, 0))
+        calls.append(None)
+        return causal_conv1d_reference(x, conv1d, initial_states, seq_idx)
+
+    package = types.ModuleType("causal_conv1d")
+    package.causal_conv1d_fn = causal_conv1d_fn
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    monkeypatch.setattr(selective_scan_longllava, "_knows_causal_conv1d", lambda x, conv1d, has_both: not has_both)
+    x, past, seq_idx = torch.randn(2, 8, 20), torch.randn(2, 8, 4), make_boundaries(2, 20)
+    for arguments in ((None, None), (past, None), (None, seq_idx), (past, seq_idx)):
+        torch.testing.assert_close(
+            causal_conv1d(x, conv1d, *arguments), causal_conv1d_reference(x, conv1d, *arguments), rtol=1e-5, atol=1e-5
+        )
+    assert len(calls) == 3
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import longllava_hf.selective_scan_longllava as scan
+
+for capability in (80, 90):
+    for long in ("*bf16", "*fp32"):
+        for kernel in (scan._scan_kernel, scan._scan_backward_kernel):
+            constants = {name: True for name in kernel.arg_names if name.startswith("HAS_") or name in ("SAVE", "SOFTPLUS")}
+            constants |= {"BLOCK": 32, "STATES": 16, "CHUNK": 64}
+            typed = ("u", "delta", "B", "C", "z", "y", "grad_y", "grad_u", "grad_delta", "grad_z")
+            types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+            types |= {f"{name}_ptr": long for name in typed} | {"anew_ptr": "*i8"}
+            types = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+            source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+            ptx = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1}).asm["ptx"]
+            # The states of a channel are one thread's: their sum needs no exchange between threads.
+            assert kernel is scan._scan_backward_kernel or "shfl" not in ptx
+            # States never leave the registers for want of room.
+            assert "st.local" not in ptx
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus(tmp_path):
+    """For an A100 and an H200, which need not be there for that."""
+    pytest.importorskip("triton")
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout.strip() == "compiled", run.stderr[-2000:]
