@@ -85,6 +85,9 @@ class LongLLaVATextConfig(PreTrainedConfig):
             Whether the convolution, and the input and output projections, have a bias.
         output_router_logits (`bool`, defaults to `False`):
             Return the routers' logits, and add the load-balancing loss times `router_aux_loss_coef` to the loss.
+        scan_implementation (`str`, *optional*):
+            What computes the Mamba layers' recurrence: `"torch"`, `"triton"`, `"mamba_ssm"` or `"reference"`; by default
+            the fastest that is there.
 
     The other arguments are those of every decoder in Transformers.
     """
@@ -124,6 +127,7 @@ class LongLLaVATextConfig(PreTrainedConfig):
     mamba_dt_rank: int | str = "auto"
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    scan_implementation: str | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -202,6 +206,9 @@ class LongLLaVAConfig(PreTrainedConfig):
             Whether a large picture is also cut into sub-images; the processor's default.
         image_grid_pinpoints (`list[list[int]]`, *optional*):
             The `(rows, columns)` of sub-images that `"best_fit"` chooses from; the processor's default.
+        vision_batch_size (`int`, defaults to 64):
+            Pictures that the tower sees at a time, however many there are: its activations are large, and more at once
+            are no faster.
         vision_tower (`str`, *optional*):
             Folder or Hub id the tower's weights come from where a checkpoint has none of its own.
     """
@@ -221,6 +228,7 @@ class LongLLaVAConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     patch_strategy: Literal["none", "best_fit"] = "none"
     image_grid_pinpoints: list | None = None
+    vision_batch_size: int = 64
     vision_tower: str | None = None
     tie_word_embeddings: bool = False
 
@@ -258,6 +266,8 @@ class LongLLaVAConfig(PreTrainedConfig):
             raise ValueError(
                 '`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: a class token has no place on the patch map.'
             )
+        if self.vision_batch_size < 1:
+            raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

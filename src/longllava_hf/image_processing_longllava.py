@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub.utils import get_session
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BatchFeature, select_best_resolution
 from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -100,6 +100,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
+    """The picture in a file, its header read and its pixels not."""
+    file = read_source(source)
+    if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
+        raise ValueError(f"{name} is empty: it has 0 bytes.")
+    try:
+        image = Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large, the limit is {MAX_PIXELS} pixels: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
+    _check_size(*image.size, name)
+    return image
+
+
+def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
+    """Height and width of a picture as [`load_picture`] would give it; of a file, only the header is read."""
+    name = name or f"The picture ({describe_source(source)})"
+    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        with _open_picture(source, name) as image:
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size if lies_on_its_side else image.size[::-1]
+    picture = load_picture(source, name)
+    if isinstance(picture, Image.Image):
+        return picture.size[::-1]
+    is_channels_last = picture.ndim == 2 or picture.shape[-1] in (1, 3, 4)
+    return picture.shape[:2] if is_channels_last else picture.shape[1:]
+
+
 def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
     """
     A picture as an RGB PIL image, upright as its EXIF orientation says; arrays and tensors as arrays.
@@ -127,16 +156,7 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
         _check_size(*source.size, name)
         image = source
     elif isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        file = read_source(source)
-        if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
-            raise ValueError(f"{name} is empty: it has 0 bytes.")
-        try:
-            image = Image.open(file)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{name} is too large, the limit is {MAX_PIXELS} pixels: {error}") from error
-        except Exception as error:
-            raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
-        _check_size(*image.size, name)
+        image = _open_picture(source, name)
     else:
         raise ValueError(
             f"{name} must be a path, a URL, base64 text, bytes, a PIL image, an array or a tensor, but it is a"
@@ -298,20 +318,71 @@ class VideoFile:
                 raise self._damaged(done, error) from error
 
 
-def ordered_map(function: Callable, items: Iterable, max_workers: int) -> Iterator:
-    """`map` in threads, in order, taking from `items` only a little ahead of what is asked for."""
+def ordered_map(function: Callable, items: Iterable, max_workers: int, ahead: int = 0) -> Iterator:
+    """`map` in threads, in order, taking from `items` only as far ahead of what is asked for as one is told."""
     with ThreadPoolExecutor(max_workers) as pool:
         pending: deque = deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > 2 * max_workers:
+                if len(pending) > max(ahead, 2 * max_workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+
+
+class LazyPixelValues:
+    """
+    The `pixel_values` of pictures that are decoded when they are needed, in threads, while the model works on those
+    before them: what [`LongLLaVAImageProcessor`] returns with `lazy=True`. `generate` and `prefill` take it as it is;
+    [`~LazyPixelValues.load`] makes a tensor of it. Iterating again decodes again.
+
+    Args:
+        items (`list`): pictures and films, each with whether only the whole of it is wanted.
+        process (`Callable`): from a picture's number, the picture, and that, to its tiles.
+        counts (`list[int]`): tiles of each item.
+        shape (`tuple[int, int, int]`): of a tile.
+        first (`int`, defaults to 0): number of the first picture, for messages.
+    """
+
+    def __init__(self, items: list, process: Callable, counts: list[int], shape: tuple[int, int, int], first: int = 0):
+        self._items, self._process, self._counts, self._first = items, process, counts, first
+        self.shape = (sum(counts), *shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape})"
+
+    def split(self, size: int) -> Iterator[torch.Tensor]:
+        """Tensors `(size, 3, height, width)`, float32, the last one maybe smaller. The next is made meanwhile."""
+        tiles: list[np.ndarray] = []
+        numbered = enumerate(_open_films(self._items), self._first)
+        for more in ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size):
+            tiles.extend(more)
+            while len(tiles) >= size:
+                yield torch.from_numpy(np.stack(tiles[:size]))
+                del tiles[:size]
+        if tiles:
+            yield torch.from_numpy(np.stack(tiles))
+
+    def skip(self, items: int) -> "LazyPixelValues":
+        """The same without the first so many pictures or films."""
+        _, *shape = self.shape
+        first = self._first + items
+        return LazyPixelValues(self._items[items:], self._process, self._counts[items:], tuple(shape), first)  # type: ignore[arg-type]
+
+    def load(self) -> torch.Tensor:
+        """All of them, `(tiles, 3, height, width)`."""
+        return torch.cat(list(self.split(max(1, len(self)))))
+
+
+def _workers() -> int:
+    return max(1, min(8, os.cpu_count() or 1))
 
 
 class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -322,11 +393,14 @@ class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
         The `(rows, columns)` that `"best_fit"` chooses from, by default all up to 6 x 6.
     image_seq_length (`int`, defaults to 144):
         Tokens that the model makes of one tile.
+    lazy (`bool`, defaults to `False`):
+        Decode pictures when the model asks for them, and not before: `pixel_values` is then a [`LazyPixelValues`].
     """
 
     patch_strategy: Literal["none", "best_fit"] | None
     image_grid_pinpoints: list | None
     image_seq_length: int | None
+    lazy: bool | None
 
 
 class LongLLaVAImageProcessor(LlavaImageProcessorPil):
@@ -347,6 +421,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     patch_strategy = "none"
     image_grid_pinpoints = None
     image_seq_length = 144
+    lazy = False
 
     def __init__(self, **kwargs: Unpack[LongLLaVAImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -403,62 +478,107 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             for c in range(columns)
         ]
 
+    def _fit_square(self, picture: Image.Image, side: int, resample: int, background: tuple[int, ...]) -> np.ndarray:
+        """
+        The picture in the middle of a square of `background`, resized: `(3, side, side)`. Pixels are those of a resized
+        array, without the arrays.
+        """
+        width, height = picture.size
+        if width > height:
+            # Pillow resizes rows, then columns; rows of one colour stay as they are.
+            scaled = picture.resize((side, height), resample)
+            canvas = Image.new("RGB", (side, width), background)
+            canvas.paste(scaled, (0, (width - height) // 2))
+        elif width < height:
+            canvas = Image.new("RGB", (height, height), background)
+            canvas.paste(picture, ((height - width) // 2, 0))
+        else:
+            canvas = picture
+        return np.asarray(canvas.resize((side, side), resample)).transpose(2, 0, 1)
+
+    def _tiles(
+        self, source: Any, name: str, whole_only: bool, settings: dict
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """A picture, then its sub-images, as the tower takes them; and the sub-images' rows and columns."""
+        settings = dict(settings)
+        patch_strategy, pinpoints = settings.pop("patch_strategy"), settings.pop("image_grid_pinpoints")
+        to_array = {option: settings.pop(option) for option in ("input_data_format", "do_convert_rgb")}
+        size, resample, mean = settings["size"], settings["resample"], settings["image_mean"]
+        picture = load_picture(source, name)
+        tiles, grid, image = [], (0, 0), None
+        if (
+            isinstance(picture, Image.Image)
+            and settings["do_pad"]
+            and settings["do_resize"]
+            and size.shortest_edge
+            and not size.longest_edge
+            and isinstance(resample, int)
+            and mean is not None
+        ):
+            settings["do_pad"] = settings["do_resize"] = False  # sub-images have their size already
+            tiles = [self._fit_square(picture, size.shortest_edge, resample, tuple(int(x * 255) for x in mean))]
+        wants_grid = patch_strategy == "best_fit" and not whole_only
+        if wants_grid or not tiles:
+            image = self.process_image(picture, name, do_rescale=settings["do_rescale"], **to_array)
+            tiles = tiles or [image]
+        if wants_grid:
+            side = settings["crop_size"].height
+            grid = self.best_grid(image.shape[1], image.shape[2], side, pinpoints)
+            tiles += self._sub_images(image, grid, side, resample)
+        return self._preprocess(tiles, return_tensors=None, **settings)["pixel_values"], grid
+
     def _preprocess_image_like_inputs(
-        self,
-        images,
-        *args,
-        patch_strategy: str | None = None,
-        image_grid_pinpoints: list | None = None,
-        image_seq_length: int | None = None,
-        return_tensors=None,
-        input_data_format=None,
-        do_convert_rgb: bool | None = None,
-        crop_size=None,
-        resample=None,
-        **kwargs,
+        self, images, *args, lazy: bool | None = None, image_seq_length=None, return_tensors=None, **settings
     ) -> BatchFeature:
-        kwargs.update(crop_size=crop_size, resample=resample, pad_size=None)
-        if kwargs.get("do_pad") and not do_convert_rgb and kwargs.get("image_mean") is not None:
-            do_convert_rgb = True  # the background has three channels
-
-        def process(item) -> tuple[list[np.ndarray], tuple[int, int]]:
-            index, (source, whole_only) = item
-            name = f"Image {index} ({describe_source(source)})"
-            image = self.process_image(
-                source,
-                name,
-                input_data_format=input_data_format,
-                do_convert_rgb=do_convert_rgb,
-                do_rescale=kwargs.get("do_rescale"),
-            )
-            tiles, grid = [image], (0, 0)
-            if patch_strategy == "best_fit" and not whole_only:
-                side = crop_size.height
-                grid = self.best_grid(image.shape[1], image.shape[2], side, image_grid_pinpoints)
-                tiles += self._sub_images(image, grid, side, resample)
-            pixel_values = self._preprocess(tiles, return_tensors=None, **kwargs)["pixel_values"]
-            return pixel_values, grid
-
-        workers = max(1, min(8, os.cpu_count() or 1))
-        pixel_values, grids = [], []
-        done = ordered_map(process, enumerate(_flatten(images)), workers)
-        for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
-            pixel_values.extend(tiles)
-            grids.append(grid)
-        if not pixel_values:
+        settings["pad_size"] = None
+        if settings.get("do_pad") and settings.get("image_mean") is not None:
+            settings["do_convert_rgb"] = True  # the background has three channels
+        for option in ("patch_strategy", "image_grid_pinpoints", "input_data_format", "do_convert_rgb"):
+            settings.setdefault(option, None)
+        items = list(_flatten(images))
+        if not items:
             raise ValueError("At least one image must be given, but there are 0.")
-        if len({tile.shape for tile in pixel_values}) == 1:
-            pixel_values = np.stack(pixel_values)
-        data = {"pixel_values": pixel_values}
-        if patch_strategy == "best_fit":
+
+        def process(number: int, source: Any, whole_only: bool) -> tuple[list[np.ndarray], tuple[int, int]]:
+            return self._tiles(source, f"Image {number} ({describe_source(source)})", whole_only, settings)
+
+        data: dict[str, Any]
+        crop_size, has_grids = settings["crop_size"], settings["patch_strategy"] == "best_fit"
+        if lazy:
+            grids = []
+            for number, (item, whole_only) in enumerate(items):
+                if isinstance(item, VideoFile) or whole_only or not has_grids:
+                    grids.append([(0, 0)] * (len(item) if isinstance(item, VideoFile) else 1))
+                else:
+                    size = picture_size(item, f"Image {number} ({describe_source(item)})")
+                    grids.append([self.best_grid(*size, crop_size.height, settings["image_grid_pinpoints"])])
+            counts = [sum(1 + rows * columns for rows, columns in grid) for grid in grids]
+            grids = [grid for item in grids for grid in item]
+            shape = (3, crop_size.height, crop_size.width)
+            data = {"pixel_values": LazyPixelValues(items, lambda *item: process(*item)[0], counts, shape)}
+            return_tensors = None
+        else:
+            pixel_values: Any = []
+            grids = []
+            done = ordered_map(lambda item: process(item[0], *item[1]), enumerate(_open_films(items)), _workers())
+            for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
+                pixel_values.extend(tiles)
+                grids.append(grid)
+            if len({tile.shape for tile in pixel_values}) == 1:
+                pixel_values = np.stack(pixel_values)
+            data = {"pixel_values": pixel_values}
+        if has_grids:
             data["image_grids"] = np.array(grids)
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
 def _flatten(images) -> Iterator[tuple[Any, bool]]:
-    """Every picture in any nesting, and whether only the whole of it is wanted, which is so for the frames of a video."""
+    """
+    Every picture and video file in any nesting, and whether only the whole of it is wanted, which is so for the frames of
+    a video.
+    """
     if isinstance(images, VideoFile):
-        yield from ((frame, True) for frame in images)
+        yield images, True
     elif isinstance(images, Frames):
         yield from ((frame, True) for frame, _ in _flatten(list(images)))
     elif isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3):
@@ -468,8 +588,17 @@ def _flatten(images) -> Iterator[tuple[Any, bool]]:
         yield images, False
 
 
+def _open_films(items: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]:
+    """The same with the frames of a video file in its place."""
+    for item, whole_only in items:
+        if isinstance(item, VideoFile):
+            yield from ((frame, True) for frame in item)
+        else:
+            yield item, whole_only
+
+
 class Frames(list):
     """The frames of one video that the caller has decoded already: a list that says so."""
 
 
-__all__ = ["Frames", "LongLLaVAImageProcessor", "VideoFile", "load_picture"]
+__all__ = ["Frames", "LazyPixelValues", "LongLLaVAImageProcessor", "VideoFile", "load_picture", "picture_size"]

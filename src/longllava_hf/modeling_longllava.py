@@ -15,17 +15,21 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .cache_longllava import LongLLaVACache, all_or_nothing, make_room
 from .configuration_longllava import LongLLaVAConfig
+from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
 
 
-# The tower's activations are large, and many images at once are no faster than these.
-IMAGES_AT_A_TIME = 64
+# Tokens of a prompt that are read at a time, unless told: enough to keep a GPU busy.
+PREFILL_CHUNK_SIZE = 4096
+# Positions beyond the prompt that a cache has room for at first.
+_ROOM_FOR_AN_ANSWER = 1024
 
 
 @dataclass
@@ -110,13 +114,18 @@ class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     _can_record_outputs: dict[str, Any] = {}
 
 
-def _batches(pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+def _batches(pixel_values: torch.Tensor | LazyPixelValues, size: int) -> Iterator[torch.Tensor]:
     """As many pictures as the tower sees at a time, with progress."""
     progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
-    for batch in pixel_values.split(IMAGES_AT_A_TIME):
+    for batch in pixel_values.split(size):
         yield batch
         progress.update(len(batch))
     progress.close()
+
+
+def _joined(features: Any) -> torch.Tensor:
+    """The image tokens of all pictures, `(image tokens, hidden_size)`; where they are in one piece, that piece."""
+    return features[0] if len(features) == 1 else torch.cat(list(features))
 
 
 def _check_image_tokens(mask: torch.Tensor, image_features: torch.Tensor) -> None:
@@ -157,8 +166,12 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
-        if len(pixel_values) > IMAGES_AT_A_TIME:
-            parts = [self.get_image_features(batch, return_dict=True) for batch in _batches(pixel_values)]
+        if isinstance(pixel_values, LazyPixelValues):
+            pixel_values = pixel_values.load()
+        batch_size = self.config.vision_batch_size
+        if len(pixel_values) > batch_size:
+            batches = _batches(pixel_values, batch_size)
+            parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
             return BaseModelOutputWithPooling(
                 last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
                 pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
@@ -229,7 +242,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`, *optional*):
                 all images of the batch, in reading order; each fills `config.image_seq_length` placeholders.
             attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*): 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
@@ -254,7 +267,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = _joined(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
@@ -273,6 +286,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             router_logits=getattr(outputs, "router_logits", None),
             image_hidden_states=image_features,
         )
+
+
+def _as_encoder_outputs(features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
+    """Image tokens in the form that `mm_encoder_outputs` has."""
+    return {"image": BaseModelOutputWithPooling(pooler_output=[features])}  # type: ignore[arg-type]
 
 
 def _reorder_last(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -383,26 +401,85 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         )
 
     def generate(self, *args, **kwargs):
-        """As [`~GenerationMixin.generate`]; `pixel_values=None` means that there are no pictures."""
+        """
+        As [`~GenerationMixin.generate`], and:
+
+        - `pixel_values` may be a [`LazyPixelValues`], whose pictures are decoded while those before are encoded;
+          `pixel_values=None` means that there are none. The tower sees `config.vision_batch_size` at a time.
+        - a prompt is read in chunks of `prefill_chunk_size` tokens (4,096 by default).
+        - `past_key_values` may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
+          goes wrong, or is interrupted, it is left as it was.
+        """
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
-        inputs_embeds = kwargs.get("inputs_embeds")
-        with torch.no_grad():
-            features = self._encode_images(kwargs)
-        if features is not None and inputs_embeds is not None:
-            # Only embeddings say where pictures go: put them there before anything is cut or copied.
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
-            kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
-        elif features is not None:
-            image_outputs = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
-            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
-        if self.config.image_token_id < self.config.get_text_config().vocab_size:
-            # Said, the placeholder would stand for a picture that is not there.
-            config = kwargs.get("generation_config") or self.generation_config
-            suppressed = kwargs.get("suppress_tokens") or getattr(config, "suppress_tokens", None) or []
-            kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-        return super().generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        was_empty = cache is not None and cache.get_seq_length() == 0
+        with all_or_nothing(cache):
+            with torch.no_grad():
+                features = self._encode_images(kwargs)
+            inputs_embeds = kwargs.get("inputs_embeds")
+            if features is not None and inputs_embeds is not None:
+                # Only embeddings say where pictures go: put them there before anything is cut or copied.
+                features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+                mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
+                kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
+            elif features is not None:
+                kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
+            if self.config.image_token_id < self.config.get_text_config().vocab_size:
+                # Said, the placeholder would stand for a picture that is not there.
+                config = kwargs.get("generation_config") or self.generation_config
+                suppressed = kwargs.get("suppress_tokens") or getattr(config, "suppress_tokens", None) or []
+                kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
+            outputs = super().generate(*args, **kwargs)
+            if isinstance(cache, LongLLaVACache):
+                sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+                known = was_empty or cache.input_ids is not None
+                cache.note_answer(sequences if known and inputs_embeds is None else None, features)
+        return outputs
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | LazyPixelValues | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: LongLLaVACache | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prefill_chunk_size: int | None = None,
+    ) -> LongLLaVACache:
+        """
+        Read a prompt and answer nothing yet.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): what to read; with `past_key_values`, only what
+                comes after it, or all of it again.
+            pixel_values, attention_mask, mm_encoder_outputs: as for [`~LongLLaVAForConditionalGeneration.forward`].
+            past_key_values ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
+            prefill_chunk_size (`int`, *optional*): tokens to read at a time (4,096 by default).
+
+        Returns:
+            [`LongLLaVACache`]: for `generate(past_key_values=...)`, which adds to it; `copy.deepcopy` branches it. It can
+            be kept with [`~LongLLaVACache.save`].
+
+        Raises:
+            ValueError: as `forward`, or if there is nothing to read. The context is then as it was.
+        """
+        cache = LongLLaVACache(config=self.config) if past_key_values is None else past_key_values
+        model_kwargs = {
+            "pixel_values": pixel_values,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        generation_config = GenerationConfig(prefill_chunk_size=prefill_chunk_size, max_new_tokens=0)
+        with all_or_nothing(cache):
+            features = self._encode_images(model_kwargs)
+            if features is not None:
+                model_kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
+            self._prefill(input_ids, generation_config, model_kwargs)
+            cache.note_inputs(input_ids, features, attention_mask)
+        return cache
 
     def _encode_images(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
         """
@@ -416,14 +493,16 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is None:
-            return None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
+            return None if image_outputs is None else _joined(image_outputs.pooler_output)
         features: Any = None
-        for i, batch in enumerate(_batches(pixel_values)):
+        done = 0
+        for batch in _batches(pixel_values, self.config.vision_batch_size):
             outputs: Any = self.get_image_features(batch, return_dict=True)
             encoded = torch.stack(outputs.pooler_output)
             if features is None:
                 features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
-            features[i * IMAGES_AT_A_TIME : i * IMAGES_AT_A_TIME + len(batch)] = encoded
+            features[done : done + len(batch)] = encoded
+            done += len(batch)
         return features.flatten(0, 1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -441,8 +520,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
-            image_outputs = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
-            model_kwargs["mm_encoder_outputs"] = {"image": image_outputs}
+            model_kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
         return input_ids, model_kwargs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
@@ -463,12 +541,24 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             total = attention_mask.shape[1]
         else:
             total = getattr(generation_config, "_mask_length", past_length + length)
-        # Inputs as long as the mask repeat what is cached; shorter ones are only what is new.
+        # Inputs as long as the mask repeat what is cached; shorter ones are only what is new. A context that knows its
+        # tokens can tell by them.
         start = past_length if total == length or inputs_embeds is not None else 0
+        if isinstance(cache, LongLLaVACache) and cache.input_ids is not None and inputs_embeds is None:
+            start = past_length if cache.is_repeated_by(input_ids) else 0
+            if start == 0 and past_length and attention_mask is not None and total == length:
+                attention_mask = torch.cat([cache.mask_of(attention_mask), attention_mask], dim=1)
+                model_kwargs["attention_mask"] = attention_mask
+                if model_kwargs.get("position_ids") is not None:
+                    model_kwargs["position_ids"] = model_kwargs["position_ids"] + past_length
         if length <= start:
             raise ValueError(
                 f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."
             )
+        if attention_mask is not None and attention_mask.all():
+            # Said once, so that nobody looks at it for every token.
+            attention_mask = None
+            model_kwargs.pop("attention_mask")
         if attention_mask is not None and not attention_mask[:, -1].all():
             # What is generated follows the last position, so among the new positions padding goes before tokens.
             order = torch.argsort(attention_mask[:, start - length :].bool(), dim=-1, stable=True)
@@ -489,9 +579,12 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             _check_image_tokens(is_image, features)
             row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
 
-        step = generation_config.prefill_chunk_size or length
+        if getattr(generation_config, "num_beams", 1) in (None, 1):  # beams are reordered, which is a copy anyway
+            room = min(getattr(generation_config, "max_length", None) or length, length + _ROOM_FOR_AN_ANSWER)
+            make_room(cache, past_length - start + room)
+        step = generation_config.prefill_chunk_size or PREFILL_CHUNK_SIZE
         progress = logging.tqdm(
-            total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length
+            total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length - start
         )
         for begin in range(start, length, step):
             end = min(begin + step, length)
@@ -508,8 +601,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             if features is not None:
                 mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
                 if len(mine):
-                    image_outputs = BaseModelOutputWithPooling(pooler_output=[mine])  # type: ignore[arg-type]
-                    model_inputs["mm_encoder_outputs"] = {"image": image_outputs}
+                    model_inputs["mm_encoder_outputs"] = _as_encoder_outputs(mine)
             outputs = self(**model_inputs, return_dict=True)
             progress.update(end - begin)
         progress.close()

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .grouped_linear_longllava import planned_device
 from .quantization_longllava import (
     LongLLaVAInt8Linear,
     dequantize_4bit_layers,
@@ -129,6 +131,53 @@ def eager_attention_forward(
     return (attn_weights @ value).transpose(1, 2).contiguous(), attn_weights
 
 
+def _attention_and_logsumexp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, is_causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's fused attention on a CPU, which also tells by what its rows were divided, `(batch, heads, length)`."""
+    if query.is_meta:
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, is_causal=is_causal, scale=scaling)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """
+    Causal attention of the last positions to themselves and to all before them, without a mask in memory and without
+    repeating keys and values for the heads that share them.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`).
+        key, value (`torch.Tensor` of shape `(batch, key_value_heads, past length + length, head_dim)`).
+        scaling (`float`): what scores are multiplied with.
+        dropout (`float`, defaults to 0): of the weights.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, length, head_dim)`.
+    """
+    attend = nn.functional.scaled_dot_product_attention
+    (batch, heads, length, head_dim), kv_heads, past = query.shape, key.shape[1], key.shape[2] - query.shape[2]
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    if length == 1:  # sees everything, so the heads that share keys can be so many queries
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        return attend(packed, key, value, **options).reshape(query.shape)
+    if past == 0:
+        return attend(query, key, value, is_causal=True, enable_gqa=heads > kv_heads, **options)
+    kind = planned_device.get() if query.is_meta else query.device.type
+    if kind != "cpu" or dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        bias = causal_lower_right(length, past + length)
+        return attend(query, key, value, attn_mask=bias, enable_gqa=heads > kv_heads, **options)
+    # To the past without a mask, to themselves causally; then both are weighed by the sums they were divided by.
+    packed = query.reshape(batch, kv_heads, -1, head_dim)
+    before, sum_before = _attention_and_logsumexp(packed, key[:, :, :past], value[:, :, :past], scaling)
+    key, value = (repeat_kv(x[:, :, past:], heads // kv_heads) for x in (key, value))
+    now, sum_now = _attention_and_logsumexp(query, key, value, scaling, is_causal=True)
+    share = torch.sigmoid(sum_before.reshape(sum_now.shape) - sum_now).unsqueeze(-1).to(query.dtype)
+    return torch.lerp(now, before.reshape(now.shape), share)
+
+
 class LongLLaVAAttention(nn.Module):
     """Grouped-query attention. Key difference to Llama: no positional embedding; the Mamba layers know the order."""
 
@@ -161,6 +210,11 @@ class LongLLaVAAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        if attention_mask is None and self.config._attn_implementation == "sdpa":
+            attn_output = causal_attention(
+                query, key, value, self.scaling, self.attention_dropout if self.training else 0.0
+            )
+            return self.o_proj(attn_output.transpose(1, 2).reshape(*input_shape, -1)), None
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -196,6 +250,7 @@ class LongLLaVAMambaMixer(nn.Module):
 
     def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.ssm_state_size = config.mamba_d_state
         self.conv_kernel_size = config.mamba_d_conv
@@ -219,11 +274,11 @@ class LongLLaVAMambaMixer(nn.Module):
         self.b_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
         self.c_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
 
-    def _past_states(self, past_key_values: Cache | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; empty where nothing is cached."""
+    def _past_states(self, past_key_values: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; none where nothing is cached."""
         layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if layer is None or not layer.has_previous_state[0]:
-            return x.new_zeros(*x.shape[:2], self.conv_kernel_size), None
+            return None, None
         recurrent_state = layer.recurrent_states[0]
         # The cache overwrites its states in place, but the backward pass needs this one as it is now.
         return layer.conv_states[0], recurrent_state.clone() if torch.is_grad_enabled() else recurrent_state
@@ -234,14 +289,28 @@ class LongLLaVAMambaMixer(nn.Module):
         with loaded(dt_proj):
             return dt_proj.bias if isinstance(dt_proj, LongLLaVATimeStepProjection) else None
 
+    def _last_inputs(self, x: torch.Tensor, conv_state: torch.Tensor | None, padding: Padding | None) -> torch.Tensor:
+        """The state of the convolution after `x`: its last `conv_kernel_size` inputs, up to each row's last token."""
+        width = self.conv_kernel_size
+        before = x.new_zeros(*x.shape[:2], width) if conv_state is None else conv_state.to(x.dtype)
+        if padding is None:
+            return torch.cat([before, x[..., -width:]], dim=-1)[..., -width:]
+        window = padding.lengths[:, None] + torch.arange(width, device=x.device)
+        return torch.cat([before, x], dim=-1).gather(-1, window[:, None].expand(-1, x.shape[1], -1))
+
     def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, padding: Padding | None = None
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        padding: Padding | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
             past_key_values (`Cache`, *optional*): holds the states before the first token; gets those after the last.
             padding (`Padding`, *optional*): positions that must leave no trace.
+            seq_idx (`torch.Tensor` of shape `(batch, length)`, *optional*): number of the sequence each token is of.
 
         Returns:
             `torch.Tensor` of shape `(batch, length, hidden_size)`.
@@ -254,16 +323,11 @@ class LongLLaVAMambaMixer(nn.Module):
             x = torch.where(padding.is_token[:, None], x, 0)
 
         # 1. Causal convolution
-        conv_state, recurrent_state = self._past_states(past_key_values, x)
+        conv_state, recurrent_state = self._past_states(past_key_values)
         if past_key_values is not None:
-            inputs = torch.cat([conv_state.to(x.dtype), x], dim=-1)
-            if padding is None:
-                new_conv_state = inputs[..., -self.conv_kernel_size :]
-            else:  # the inputs up to each row's last token
-                window = padding.lengths[:, None] + torch.arange(self.conv_kernel_size, device=x.device)
-                new_conv_state = inputs.gather(-1, window[:, None].expand(-1, x.shape[1], -1))
+            new_conv_state = self._last_inputs(x, conv_state, padding)
         with loaded(self.conv1d):
-            x = self.act(causal_conv1d(x, conv_state, self.conv1d))
+            x = self.act(causal_conv1d(x, self.conv1d, conv_state, seq_idx))
 
         # 2. Step size, B and C, from the input: what makes the state space selective
         time_step, B, C = self.x_proj(x.transpose(1, 2)).split(
@@ -288,7 +352,9 @@ class LongLLaVAMambaMixer(nn.Module):
             delta_bias=self._deferred_bias(),
             delta_softplus=True,
             initial_state=recurrent_state,
+            seq_idx=seq_idx,
             return_final_state=True,
+            implementation=self.config.scan_implementation,
         )
         if past_key_values is not None:
             past_key_values.update_conv_state(new_conv_state, self.layer_idx)
@@ -321,7 +387,13 @@ class LongLLaVAAttentionDecoderLayer(LongLLaVADecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = LongLLaVAAttention(config, layer_idx)
 
-    def mix(self, hidden_states: torch.Tensor, padding: Padding | None = None, **kwargs) -> torch.Tensor:
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        padding: Padding | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         return self.self_attn(hidden_states, **kwargs)[0]
 
 
@@ -335,9 +407,10 @@ class LongLLaVAMambaDecoderLayer(LongLLaVADecoderLayer):
         hidden_states: torch.Tensor,
         past_key_values: Cache | None = None,
         padding: Padding | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        return self.mamba(hidden_states, past_key_values=past_key_values, padding=padding)
+        return self.mamba(hidden_states, past_key_values=past_key_values, padding=padding, seq_idx=seq_idx)
 
 
 class LongLLaVATextPreTrainedModel(PreTrainedModel):
@@ -433,6 +506,13 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
         return load_published_checkpoint(load, model, state_dict, checkpoint_files, load_config, **kwargs)
 
 
+def _positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Each token's place in its sequence, from the number of that sequence; both `(batch, length)`."""
+    places = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    begins = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
 class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
     """The decoder without its head: token ids or embeddings to hidden states."""
 
@@ -447,6 +527,31 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.final_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, past_length: int, kwargs: dict[str, Any]):
+        """Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one."""
+        batch, length = inputs_embeds.shape[:2]
+        seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
+        if seq_idx is None and bounds is not None:
+            places = torch.arange(length, device=bounds.device)
+            seq_idx = torch.searchsorted(bounds[1:].contiguous(), places.to(bounds.dtype), right=True)[None]
+        if seq_idx is None:
+            if position_ids is None or attention_mask is not None or past_length or is_torchdynamo_compiling():
+                return None
+            return find_packed_sequence_indices(position_ids.expand(batch, -1))
+        if past_length or (attention_mask is not None and not attention_mask.all()):
+            what = f"a cache of {past_length} tokens" if past_length else "padding"
+            raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
+        return seq_idx.to(inputs_embeds.device).expand(batch, -1)
+
+    def _needs_no_mask(self, attention_mask: torch.Tensor | None, length: int, past_key_values: Cache | None) -> bool:
+        """Whether what is causal about attention is all there is to know."""
+        if self.config._attn_implementation != "sdpa" or getattr(past_key_values, "is_compileable", False):
+            return False
+        if attention_mask is None:
+            return True
+        may_look = not is_torchdynamo_compiling() and (length > 1 or attention_mask.device.type == "cpu")
+        return may_look and attention_mask.ndim == 2 and bool(attention_mask.all())
 
     @merge_with_config_defaults
     @capture_outputs
@@ -465,24 +570,32 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*):
                 0 where there is padding, which may lie anywhere.
-            position_ids (`torch.LongTensor`, *optional*): only tells packed sequences apart in attention; nothing here
-                embeds a position.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): nothing here embeds a position.
+                Where neither mask nor cache is given, a position that does not follow the one before begins another
+                sequence; those do not see each other.
             past_key_values (`Cache`, *optional*): keys, values and states of what came before; updated in place.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
-            use_cache (`bool`, *optional*): return a cache, new if none was given.
+            use_cache (`bool`, *optional*): return a cache, new if none was given; packed sequences have none.
+            seq_idx (`torch.LongTensor` of shape `(batch, length)`, *optional*): number of the sequence that each token is
+                of, for packed ones; as is `cu_seq_lens_q`, which [`DataCollatorWithFlattening`] can give too.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; or for packed sequences with
+                padding, or that would continue a cache.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        length = inputs_embeds.shape[1]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, past_length, kwargs)
+        if seq_idx is not None:
+            use_cache, attention_mask = False, None
+            position_ids = _positions_in_sequences(seq_idx)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        length = inputs_embeds.shape[1]
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         # `generate` prepares the masks itself where the cache has a fixed size.
@@ -490,12 +603,14 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         padding = Padding.from_attention_mask(masks["linear_attention"] if masks else attention_mask, length)
         if masks is not None:
             causal_mask = masks["full_attention"]
+        elif seq_idx is None and self._needs_no_mask(attention_mask, length, past_key_values):
+            causal_mask = None
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values if seq_idx is None else None,
                 position_ids=position_ids,
             )
 
@@ -507,6 +622,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 padding=padding,
+                seq_idx=seq_idx,
                 **kwargs,
             )
         return MoeModelOutputWithPast(

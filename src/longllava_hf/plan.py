@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
-from .modeling_longllava import IMAGES_AT_A_TIME, LongLLaVAForConditionalGeneration
+from .modeling_longllava import PREFILL_CHUNK_SIZE, LongLLaVAForConditionalGeneration
 from .quantization_longllava import (
     BITS,
     LongLLaVAInt8Config,
@@ -172,7 +172,7 @@ class MemoryPlanner:
         dtype: torch.dtype = torch.bfloat16,
         memory: int = int(80e9),
         max_new_tokens: int = 256,
-        prefill_chunk_size: int = 4096,
+        prefill_chunk_size: int = PREFILL_CHUNK_SIZE,
         device: str = "cuda",
     ):
         if quantization is None:
@@ -241,7 +241,7 @@ class MemoryPlanner:
         """Bytes of the vision tower's and the projector's largest activations, besides what they return."""
         if images == 0:
             return 0
-        images = min(images, IMAGES_AT_A_TIME)  # they see no more at a time
+        images = min(images, self.config.vision_batch_size)  # they see no more at a time
         size = self.config.vision_config.image_size
         pixels = torch.empty(images, 3, size, size, dtype=self.dtype, device="meta")
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
@@ -329,7 +329,7 @@ class MemoryPlanner:
         if not low.fits:
             return 0
         while high.fits:
-            low, high = high, self._plan(max(2 * high.images, IMAGES_AT_A_TIME))
+            low, high = high, self._plan(max(2 * high.images, self.config.vision_batch_size))
         while high.images - low.images > 1:
             share = (self.memory - low.total) / (high.total - low.total)
             guess = low.images + min(max(int(share * (high.images - low.images)), 1), high.images - low.images - 1)
@@ -356,7 +356,7 @@ def draw_plan(planner: MemoryPlanner, plan: MemoryPlan, file: str | os.PathLike)
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: `pip install 'longllava_hf[plot]'`.") from error
 
-    plans = planner.curve(max(plan.images, round(plan.max_images * 1.2), IMAGES_AT_A_TIME))
+    plans = planner.curve(max(plan.images, round(plan.max_images * 1.2), planner.config.vision_batch_size))
     images = [point.images for point in plans]
     heights = {f"weights, {kind}": [point.weights[kind] / 1e9 for point in plans] for kind in plan.weights}
     heights.update({item: [point.items[item] / 1e9 for point in plans] for item in plan.items})

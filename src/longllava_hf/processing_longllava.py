@@ -113,12 +113,14 @@ class LongLLaVAProcessor(ProcessorMixin):
     `processor(images=None, text=None, videos=None, ...)`: in `text`, each `<image>` and `<video>` stands for the next
     picture or video. A video is a path, URL, bytes, a list of frames, or an array `(frames, height, width, 3)`; a file
     is sampled by `num_frames` (default 128, uniformly) or `fps`. `pixel_values` holds all pictures and frames of the
-    batch, in reading order.
+    batch, in reading order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
     """
 
     image_token = "<image>"
     video_token = "<video>"
     videos_kwargs = {"num_frames": 128}
+    # The image processor has made tensors of it, or something that is none yet.
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         tokenizer = add_image_token(tokenizer, self.image_token)
