@@ -63,7 +63,8 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        past, room = getattr(self, name), self.rooms.get(name)
+        past: Any = getattr(self, name)
+        room: Any = self.rooms.get(name)
         used = past.shape[-2] if past.numel() else 0
         total = used + new.shape[-2]
         # Cropped, the past still begins where its room does; reordered or moved, it is another tensor.
@@ -156,27 +157,21 @@ class LongLLaVACache(DynamicCache):
         )
 
     def mask_of(self, like: torch.Tensor) -> torch.Tensor:
-        """The mask of what is in here, `(batch, length)`, of the same kind as `like`."""
-        if self.attention_mask is not None:
-            return self.attention_mask.to(like)
-        return like.new_ones(like.shape[0], self.get_seq_length())
+        """The mask of the tokens it knows of, `(batch, length)`, of the same kind as `like`."""
+        known: Any = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask  # type: ignore[arg-type]
+        return known.to(like)
 
     def note_inputs(
         self, input_ids: torch.Tensor, image_features: torch.Tensor | None, attention_mask: torch.Tensor | None = None
     ) -> None:
         """Remember what was read: all of it, or what came after what was there before."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.input_ids is not None and not self.is_repeated_by(input_ids):
-            if attention_mask is not None or self.attention_mask is not None:
-                new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                if new.shape[1] == input_ids.shape[1]:
-                    before = like_past = torch.ones_like(self.input_ids)
-                    before = like_past if self.attention_mask is None else self.attention_mask
-                    new = torch.cat([before.to(new), new], dim=1)
-                attention_mask = new
+            if mask.shape[1] == input_ids.shape[1]:
+                mask = torch.cat([self.mask_of(mask), mask], dim=1)
             input_ids = torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1)
         self.input_ids = input_ids
-        is_padded = attention_mask is not None and not bool(attention_mask.all())
-        self.attention_mask = attention_mask if is_padded else None
+        self.attention_mask = None if mask.all() else mask
         digest = hashlib.sha256(self.inputs_digest.encode())
         digest.update(input_ids.cpu().numpy().tobytes())
         if image_features is not None:

@@ -505,7 +505,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         to_array = {option: settings.pop(option) for option in ("input_data_format", "do_convert_rgb")}
         size, resample, mean = settings["size"], settings["resample"], settings["image_mean"]
         picture = load_picture(source, name)
-        tiles, grid, image = [], (0, 0), None
+        tiles, grid = [], (0, 0)
         if (
             isinstance(picture, Image.Image)
             and settings["do_pad"]
@@ -519,7 +519,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             tiles = [self._fit_square(picture, size.shortest_edge, resample, tuple(int(x * 255) for x in mean))]
         wants_grid = patch_strategy == "best_fit" and not whole_only
         if wants_grid or not tiles:
-            image = self.process_image(picture, name, do_rescale=settings["do_rescale"], **to_array)
+            image: Any = self.process_image(picture, name, do_rescale=settings["do_rescale"], **to_array)
             tiles = tiles or [image]
         if wants_grid:
             side = settings["crop_size"].height

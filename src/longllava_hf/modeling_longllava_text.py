@@ -146,7 +146,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """
     Causal attention of the last positions to themselves and to all before them, without a mask in memory and without
-    repeating keys and values for the heads that share them.
+    repeating the past's keys and values for the heads that share them.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`).
@@ -163,11 +163,13 @@ def causal_attention(
     if length == 1:  # sees everything, so the heads that share keys can be so many queries
         packed = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         return attend(packed, key, value, **options).reshape(query.shape)
-    if past == 0:
-        return attend(query, key, value, is_causal=True, enable_gqa=heads > kv_heads, **options)
     kind = planned_device.get() if query.is_meta else query.device.type
+    if past == 0:
+        if kind == "cpu":  # where PyTorch repeats them too, unseen by those who plan memory
+            key, value = (repeat_kv(x, heads // kv_heads) for x in (key, value))
+        return attend(query, key, value, is_causal=True, enable_gqa=key.shape[1] < heads, **options)
     if kind != "cpu" or dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
-        bias = causal_lower_right(length, past + length)
+        bias = None if query.is_meta else causal_lower_right(length, past + length)
         return attend(query, key, value, attn_mask=bias, enable_gqa=heads > kv_heads, **options)
     # To the past without a mask, to themselves causally; then both are weighed by the sums they were divided by.
     packed = query.reshape(batch, kv_heads, -1, head_dim)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .cache_longllava import PreallocatedLayer, make_room
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
 from .modeling_longllava import PREFILL_CHUNK_SIZE, LongLLaVAForConditionalGeneration
@@ -70,8 +71,7 @@ class MemoryTracker(TorchDispatchMode):
 
 class _FusedAttention(TorchFunctionMode):
     """
-    On `meta`, attention would be spelled out with all its scores; on a device one kernel does without them. The mask it
-    turns into numbers, though.
+    On `meta`, attention would be spelled out with all its scores; on a device one kernel does without them.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -79,11 +79,7 @@ class _FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, _, value = args[:3]
-        mask = kwargs.get("attn_mask")
-        bias = None if mask is None else mask.to(query.dtype)
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        del bias
-        return output
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @dataclass
@@ -145,7 +141,8 @@ def build_on_meta(
 
 def _layer_bytes(layer: Any) -> int:
     """Bytes of all tensors in one layer of a cache."""
-    return sum(leaf.nbytes for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor))
+    tensors = [leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)]
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class MemoryPlanner:
@@ -255,21 +252,18 @@ class MemoryPlanner:
         image_tokens = min(images * self.config.image_seq_length, chunk)
         cache = DynamicCache(config=self.model.config)
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
+            make_room(cache, tokens)
             self.model(inputs_embeds=self._embeddings(1), past_key_values=cache, use_cache=True)
             for layer in cache.layers:
-                if isinstance(getattr(layer, "keys", None), torch.Tensor):
-                    past = layer.keys.new_empty(*layer.keys.shape[:2], tokens - chunk, layer.keys.shape[3])
-                    layer.keys, layer.values = past, torch.empty_like(past)
-            # What `generate` passes on: a causal mask wherever a chunk has a past.
-            mask = None
-            if tokens > chunk:
-                mask = torch.empty(1, 1, chunk, tokens, dtype=torch.bool, device="meta")
+                if isinstance(layer, PreallocatedLayer):
+                    layer.keys, layer.values = (
+                        layer.rooms[name][..., : tokens - chunk, :] for name in ("keys", "values")
+                    )
             tracker.peak = tracker.live
             features: Any = [self._embeddings(image_tokens)[0]]
             outputs = self.model(
                 input_ids=torch.empty(1, chunk, dtype=torch.long, device="meta"),
                 mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)} if images else None,
-                attention_mask={"full_attention": mask, "linear_attention": None},
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -119,8 +119,8 @@ class _Block:
 
         self.u, self.B, self.C = take("u"), take("B").unsqueeze(-1), take("C").unsqueeze(-1)
         self.A = tensors["A"][:, channels]  # (n, d)
-        self.D = None if tensors["D"] is None else tensors["D"][channels]
-        self.z = None if tensors["z"] is None else take("z")
+        self.D: Any = None if tensors["D"] is None else tensors["D"][channels]
+        self.z: Any = None if tensors["z"] is None else take("z")
         step = take("delta")
         if tensors["delta_bias"] is not None:
             step += tensors["delta_bias"][channels]
@@ -151,6 +151,9 @@ class _Block:
         """The output `(l, b, d)`, not yet gated."""
         y = (self.C.transpose(2, 3) @ states).squeeze(2)
         return y if self.D is None else y.addcmul_(self.u, self.D)
+
+    def gated(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.z is None else y.mul_(F.silu(self.z))
 
 
 def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[int, int]:
@@ -201,10 +204,7 @@ class _BlockedScan(torch.autograd.Function):
                     starts.append(state)
                 now = _Block(tensors, tokens, part, delta_softplus, scratch)
                 all_states = now.states(state)[1]
-                output = now.read(all_states)
-                if z is not None:
-                    output *= F.silu(now.z)
-                y[:, part, tokens] = output.permute(1, 2, 0)
+                y[:, part, tokens] = now.gated(now.read(all_states)).permute(1, 2, 0)
                 state = all_states[-1].clone()
             final_state[:, part] = state.transpose(1, 2)
         if starts:
@@ -220,7 +220,7 @@ class _BlockedScan(torch.autograd.Function):
         (batch, channels, length), states = u.shape, A.shape[1]
         tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-        grad_z = None if z is None else torch.empty_like(z)
+        grad_z: Any = None if z is None else torch.empty_like(z)
         # Sums over channels or tokens, in the dtype of the state.
         grad_A, grad_B, grad_C = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (A.T, B, C))
         grad_D, grad_bias = (u.new_zeros(channels, dtype=dtype) for _ in range(2))
@@ -580,10 +580,14 @@ def _one_token(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_stat
 def _no_data(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
     """On `meta`: what the scan would allocate, and nothing else."""
     (batch, channels, length), states = u.shape, A.shape[1]
+    y, final_state = torch.empty_like(u), u.new_empty(batch, channels, states, dtype=_state_dtype(u))
     if not has_triton_kernels(u):
         group, block = _block_sizes(batch, channels, states, length)
-        u.new_empty(2, block * batch * states * group, dtype=_state_dtype(u))
-    return torch.empty_like(u), u.new_empty(batch, channels, states, dtype=_state_dtype(u))
+        scratch = u.new_empty(2, block * batch * states * group, dtype=_state_dtype(u))
+        tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
+        now = _Block(tensors, slice(block), slice(group), delta_softplus, scratch)
+        now.gated(now.read(now.buffer(0)))
+    return y, final_state
 
 
 _SCANS: dict[str, Callable] = {
