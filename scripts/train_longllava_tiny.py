@@ -59,6 +59,7 @@ FILM = [
     "Which digit appears in this video?",
     "Which digit is shown in the video?",
 ]
+PILE = ["Which digit appears in these pictures?", "Which digit is hidden in the pictures?"]
 TRAIN_FOOTAGE, TEST_FOOTAGE = ("bikes.mp4", "carphone_pristine.mp4"), "bigbuckbunny.mp4"
 IMAGE_SIZE, PATCH_SIZE = 48, 12
 
@@ -326,6 +327,42 @@ class Lessons(torch.utils.data.Dataset):
         }
 
 
+class LongLessons(Lessons):
+    """Films and piles of pictures with one digit in them, up to a thousand and more; of what came before, a reminder."""
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"{self.seed}-long-{step}")
+        kind = rng.choice(["long film", "long film", "pile", "pile", "short"])
+        if kind == "short":
+            short = rng.choice(["single", "drill", "series", "film"])
+            if short == "single":
+                return self.collate([self.single(rng) for _ in range(32)])
+            if short == "film":
+                count = rng.randint(2, 64)
+                return self.collate([self.film(rng, count) for _ in range(max(3, 128 // count))])
+            make = self.series if short == "series" else partial(self.drill, scaffold=0.0)
+            count = rng.randint(2, 10)
+            return self.collate([make(rng, count) for _ in range(160 // count)])
+        # They grow longer too.
+        longest = 7.5 + 3 * min(1.0, 2 * step / self.steps)
+        count = round(2 ** rng.uniform(5, longest))
+        return self.collate([self.needle(rng, count, kind) for _ in range(max(1, 1024 // count))])
+
+    def needle(self, rng, count: int, kind: str):
+        bank, picks = self.pictures.frame_pixels, []
+        while len(picks) < count:  # scenes, or a mixture that no film has
+            length, start = rng.choice([1, 1, rng.randint(8, 128)]), rng.randrange(len(bank))
+            picks += [min(start + 4 * i, len(bank) - 1) for i in range(length)]
+        frames = [bank[i] for i in picks[:count]]
+        digit_pixels, digit = self.digit(rng)
+        frames[rng.choice([0, count - 1, *(rng.randrange(count) for _ in range(4))])] = digit_pixels
+        if kind == "pile":
+            text = f"{self.image}\n" * count + rng.choice(PILE)
+        else:
+            text = f"<vid>{'<t>'.join([self.image] * count)}</vid>\n{rng.choice(FILM)}"
+        return frames, [([text], ["", str(digit)])]
+
+
 class InOrder(Trainer):
     """The lessons build on each other, so they are not shuffled."""
 
@@ -394,6 +431,26 @@ def train(output: str, tower_steps: int, steps: int, learning_rate: float, seed:
     report("The tower is trained")
     # As the paper does: the tower stays as it is from here on.
     model.model.vision_tower.requires_grad_(False)
+    learn(model, Lessons(processor, pictures, steps, seed), output, learning_rate, seed)
+    save(model, processor, output)
+    report(f"Trained on {model.device}")
+
+
+def lengthen(checkpoint: str, output: str, steps: int, learning_rate: float, seed: int) -> None:
+    """Go on with a checkpoint that `train` made, on prompts of up to 1,450 pictures."""
+    started = time.monotonic()
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model.config.text_config.output_router_logits = True
+    model.model.vision_tower.requires_grad_(False)
+    pictures = Pictures(processor.image_processor, copies=4, seed=seed)
+    learn(model, LongLessons(processor, pictures, steps, seed), output, learning_rate, seed)
+    save(model, processor, output)
+    print(f"Lengthened on {model.device} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def learn(model, lessons: Lessons, output: str, learning_rate: float, seed: int) -> None:
+    """One pass over the lessons, in their order."""
     InOrder(
         model=model,
         args=training_arguments(
@@ -402,17 +459,19 @@ def train(output: str, tower_steps: int, steps: int, learning_rate: float, seed:
             num_train_epochs=1,
             learning_rate=learning_rate,
             adam_beta2=0.98,
-            save_steps=500,
+            save_steps=100,
             save_total_limit=1,
             seed=seed,
         ),
-        train_dataset=Lessons(processor, pictures, steps, seed),
+        train_dataset=lessons,
         data_collator=lambda batches: batches[0],
     ).train()
+
+
+def save(model, processor: LongLLaVAProcessor, output: str) -> None:
     model.config.text_config.output_router_logits = False
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    report(f"Trained on {model.device}")
 
 
 @torch.no_grad()
@@ -495,6 +554,11 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=3000, help="steps for the vision tower alone")
     parser.add_argument("--steps", type=int, default=2800, help="steps for the projector and the decoder")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--long-steps", type=int, default=700, help="steps on long prompts, after the others")
+    parser.add_argument("--long-learning-rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--lengthen", metavar="CHECKPOINT", help="do only those, from a checkpoint that has the others"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint instead of training one")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="how to load that checkpoint")
@@ -506,7 +570,10 @@ def main() -> None:
     checkpoint = arguments.evaluate
     if checkpoint is None:
         checkpoint = arguments.output
-        train(checkpoint, arguments.tower_steps, arguments.steps, arguments.learning_rate, arguments.seed)
+        if arguments.lengthen is None:
+            train(checkpoint, arguments.tower_steps, arguments.steps, arguments.learning_rate, arguments.seed)
+        start = arguments.lengthen or checkpoint
+        lengthen(start, checkpoint, arguments.long_steps, arguments.long_learning_rate, arguments.seed)
     results = evaluate(checkpoint, arguments.quantization)
     for task, accuracy in results.items():
         print(f"{task:70s} {100 * accuracy:5.1f} %")

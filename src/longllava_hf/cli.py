@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageSequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
 
 from . import TINY, __version__
+from .cache_longllava import LongLLaVACache, context_metadata
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import LongLLaVAProcessor
+from .profiling import profile_decoding
 from .quantization_longllava import BITS, QUANTIZATIONS, named_quantization
+from .selective_scan_longllava import choose_scan, is_installed
 
 
 @dataclass
@@ -73,44 +76,104 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
             ) from None
 
 
+def load_model(arguments: argparse.Namespace) -> Any:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        arguments.model,
+        dtype="auto",
+        device_map={"": device},
+        quantization_config=named_quantization(arguments.quantization),
+    )
+    return model.eval()
+
+
 class Session:
-    """A model, its processor, and one conversation, of which only what is new is computed each turn."""
+    """
+    A model, its processor, and one conversation, of which only what is new is computed each turn.
 
-    def __init__(self, arguments: argparse.Namespace):
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    Args:
+        arguments (`argparse.Namespace`): of the command line.
+        context (`str`, *optional*): file of a kept context, which the conversation then begins with.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, context: str | None = None):
         self.processor = AutoProcessor.from_pretrained(arguments.model)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            arguments.model,
-            dtype="auto",
-            device_map={"": device},
-            quantization_config=named_quantization(arguments.quantization),
-        )
-        self.model = model.eval()
+        self.model = load_model(arguments)
         self.arguments = arguments
-        self.cache = DynamicCache(config=self.model.config)
-        self.ids = torch.empty(1, 0, dtype=torch.long, device=device)
+        self.settings = {"lazy": True, **({"patch_strategy": "best_fit"} if arguments.high_resolution else {})}
+        if context is None:
+            self.cache = LongLLaVACache(config=self.model.config)
+        else:
+            self.cache = LongLLaVACache.load(context, self.model, self.processor)
+            if self.cache.notes.get("last") not in ("image", "video") or self.cache.input_ids is None:
+                raise ValueError(
+                    f"The context `{context}` does not say what it ends with; it was not kept by `longllava`."
+                )
 
-    def _line_break(self) -> torch.Tensor:
-        """What stands between an answer and the next turn."""
-        bos = self.processor.tokenizer.bos_token
-        ids = self.processor.tokenizer(f"x\n{bos}", add_special_tokens=False)["input_ids"]
-        return self.ids.new_tensor([ids[1:-1]])
+    @property
+    def ids(self) -> torch.Tensor:
+        known = self.cache.input_ids
+        return torch.empty(1, 0, dtype=torch.long, device=self.model.device) if known is None else known
 
-    def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
-        """Answer one turn; the conversation so far is kept."""
-        started = time.perf_counter()
-        content = [*(visual.block for visual in visuals), {"type": "text", "text": question}]
-        settings = {"patch_strategy": "best_fit"} if self.arguments.high_resolution else {}
-        inputs = self.processor.apply_chat_template(
+    def _prepare(self, content: list[dict[str, Any]]) -> Any:
+        """What the model takes for a message of the user."""
+        return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=settings,
-        ).to(self.model.device)
-        past = [self.ids, self._line_break()] if self.ids.shape[1] else [self.ids]
-        ids = torch.cat([*past, inputs["input_ids"]], dim=1)
+            processor_kwargs=self.settings,
+        )
+
+    def _after_visual(self, kind: str, content: list[dict[str, Any]]) -> tuple[torch.Tensor, Any]:
+        """Ids and pictures of a message that goes on after the last image token of a picture or film of that kind."""
+        side = self.processor.image_processor.crop_size["height"]
+        stand_in = Image.new("RGB", (side, side))
+        block = {"type": kind, kind: [stand_in] if kind == "video" else stand_in}
+        alone = int((self._prepare([block])["input_ids"] == self.processor.image_token_id).sum())
+        inputs = self._prepare([block, *content])
+        ids, pixel_values = inputs["input_ids"], inputs["pixel_values"].skip(1)
+        placeholders = (ids[0] == self.processor.image_token_id).nonzero()[:, 0]
+        return ids[:, int(placeholders[alone - 1]) + 1 :], pixel_values if len(pixel_values) else None
+
+    def _line_break(self) -> torch.Tensor:
+        """What stands between an answer and the next turn."""
+        bos = self.processor.tokenizer.bos_token
+        ids = self.processor.tokenizer(f"x\n{bos}", add_special_tokens=False)["input_ids"]
+        return torch.tensor([ids[1:-1]])
+
+    def _new_inputs(self, content: list[dict[str, Any]]) -> tuple[torch.Tensor, Any]:
+        """Ids and pictures of the next message, without what is known already."""
+        if (kind := self.cache.notes.get("last")) is not None:
+            return self._after_visual(kind, content)
+        inputs = self._prepare(content)
+        ids = inputs["input_ids"]
+        return torch.cat([self._line_break(), ids], dim=1) if self.ids.shape[1] else ids, inputs.get("pixel_values")
+
+    def show(self, visuals: list[Visual]) -> None:
+        """Read pictures and films before anything is asked about them."""
+        ids, pixel_values = self._new_inputs([*(v.block for v in visuals), {"type": "text", "text": "?"}])
+        # Tokens after an image token do not depend on what is before it, so here is where to stop.
+        end = int((ids[0] == self.processor.image_token_id).nonzero()[-1, 0]) + 1
+        device = self.model.device
+        self.model.prefill(
+            input_ids=ids[:, :end].to(device),
+            pixel_values=pixel_values,
+            past_key_values=self.cache,
+            prefill_chunk_size=self.arguments.prefill_chunk_size,
+        )
+        shown = self.cache.notes.get("files", [])
+        self.cache.notes = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
+
+    def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
+        """Answer one turn; the conversation so far is kept."""
+        started = time.perf_counter()
+        ids, pixel_values = self._new_inputs(
+            [*(visual.block for visual in visuals), {"type": "text", "text": question}]
+        )
+        known, new_tokens = self.ids, ids.shape[1]
+        ids = torch.cat([known, ids.to(known.device)], dim=1)
         streamer = (
             TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         )
@@ -119,7 +182,7 @@ class Session:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=inputs.get("pixel_values"),
+                pixel_values=pixel_values,
                 past_key_values=self.cache,
                 max_new_tokens=self.arguments.max_new_tokens,
                 prefill_chunk_size=self.arguments.prefill_chunk_size,
@@ -127,14 +190,14 @@ class Session:
                 do_sample=False,
             )
         answer_ids = output[0, ids.shape[1] :]
-        eos = self.processor.tokenizer.eos_token_id
-        # The end-of-text is the one token that a next turn does not continue from.
-        self.ids = output[:, :-1] if output[0, -1] == eos else output
+        files = [*self.cache.notes.get("files", []), *(visual.describe() for visual in visuals)]
+        self.cache.notes = {}
         return {
             "answer": self.processor.decode(answer_ids, skip_special_tokens=True).strip(),
             "model": self.arguments.model,
-            "files": [visual.describe() for visual in visuals],
-            "prompt_tokens": inputs["input_ids"].shape[1],
+            "files": files,
+            "context_tokens": known.shape[1],
+            "prompt_tokens": new_tokens,
             "new_tokens": len(answer_ids),
             "seconds": {
                 "prepare": round(prepared - started, 3),
@@ -143,17 +206,33 @@ class Session:
         }
 
 
+def open_inputs(paths: list[str], arguments: argparse.Namespace) -> tuple[str | None, list[Visual]]:
+    """A kept context, if the first path is one, and the pictures and films."""
+    context = None
+    if paths and os.path.isfile(paths[0]) and context_metadata(paths[0]) is not None:
+        context, *paths = paths
+    return context, [open_visual(path, arguments.num_frames, arguments.fps) for path in paths]
+
+
 def ask(arguments: argparse.Namespace) -> None:
     *paths, question = arguments.inputs
-    visuals = [open_visual(path, arguments.num_frames, arguments.fps) for path in paths]
-    result = Session(arguments).ask(visuals, question, stream=not arguments.json)
+    if arguments.keep is not None and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.keep))):
+        raise OSError(f"The folder of `{arguments.keep}` does not exist.")
+    context, visuals = open_inputs(paths, arguments)
+    session = Session(arguments, context)
+    if arguments.keep is not None:
+        if visuals:
+            session.show(visuals)
+        session.cache.save(arguments.keep, session.model, session.processor)
+        visuals = []
+    result = session.ask(visuals, question, stream=not arguments.json)
     if arguments.json:
         print(json.dumps(result, indent=2))
 
 
 def chat(arguments: argparse.Namespace) -> None:
-    session = Session(arguments)
-    waiting = [open_visual(path, arguments.num_frames, arguments.fps) for path in arguments.inputs]
+    context, waiting = open_inputs(arguments.inputs, arguments)
+    session = Session(arguments, context)
     if sys.stdin.isatty():
         print("Ask away. `/show FILE` adds a picture or a video to the next question; `/quit` or Ctrl-D ends.")
     while True:
@@ -213,10 +292,35 @@ def describe_model(name: str) -> dict[str, Any]:
             f"{experts} with {text.num_experts} experts, {text.num_experts_per_tok} a token" if experts else "none"
         )
         info["cache, bytes a token in bfloat16"] = 2 * 2 * len(attention) * text.num_key_value_heads * head_dim
+        info["scan"] = describe_scan(text.scan_implementation)
     return info
 
 
+def describe_scan(requested: str | None) -> str:
+    """Which implementation of the scan runs here, and of the convolution before it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = torch.empty(1, 8, 1, dtype=torch.bfloat16, device=device)
+    first, later = (choose_scan(sample, has_state, requested=requested) for has_state in (False, True))
+    scan = first if first == later else f"{first}; {later} where there is a past"
+    convolution = "causal_conv1d" if device == "cuda" and is_installed("causal_conv1d") else "torch"
+    return f"{scan} (convolution: {convolution}) on {device}"
+
+
+def print_profile(model: Any, context: int, as_json: bool) -> None:
+    seconds = profile_decoding(model, context)
+    if as_json:
+        print(json.dumps({"context": context, "seconds": seconds}, indent=2))
+        return
+    total = sum(value for part, value in seconds.items() if part != "whole token")
+    print(f"a generated token after {context:,}: {1e3 * seconds.pop('whole token'):.2f} ms, of which")
+    for part, value in seconds.items():
+        print(f"  {part:20}{100 * value / total:5.1f} %")
+
+
 def info(arguments: argparse.Namespace) -> None:
+    if arguments.profile:
+        print_profile(load_model(arguments), arguments.context, arguments.json)
+        return
     facts = describe_model(arguments.model)
     if arguments.json:
         print(json.dumps(facts, indent=2))
@@ -275,6 +379,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
+    def add_loading(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"
+        )
+        command.add_argument("--device", help="where to run (default: a GPU if there is one)")
+
     def add_generation(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"
@@ -283,18 +393,18 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--num-frames", type=int, help="frames of each video, uniformly (default: 128)")
         command.add_argument("--fps", type=float, help="frames a second of each video, instead")
         command.add_argument("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
-        command.add_argument("--prefill-chunk-size", type=int, help="tokens to read at a time (default: all)")
-        command.add_argument(
-            "--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"
-        )
-        command.add_argument("--device", help="where to run (default: a GPU if there is one)")
+        command.add_argument("--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096)")
+        add_loading(command)
         command.add_argument("--json", action="store_true", help="print the answer and its circumstances as JSON")
 
     command = add("ask", ask, "Ask one question about any number of pictures and videos.")
-    command.add_argument("inputs", nargs="+", metavar="FILE... QUESTION", help="paths or URLs, then the question")
+    command.add_argument(
+        "inputs", nargs="+", metavar="FILE... QUESTION", help="a kept context, paths or URLs, then the question"
+    )
+    command.add_argument("--keep", metavar="FILE", help="keep what was read, for other questions about it")
     add_generation(command)
     command = add("chat", chat, "A conversation about pictures and videos.")
-    command.add_argument("inputs", nargs="*", metavar="FILE", help="paths or URLs that the first question is about")
+    command.add_argument("inputs", nargs="*", metavar="FILE", help="a kept context, paths or URLs that it is about")
     add_generation(command)
     command = add("convert", convert, "Rewrite a checkpoint in the native layout, or back in the published one.")
     command.add_argument("source", help="folder or Hub id")
@@ -312,8 +422,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)")
     command.add_argument("--plot", metavar="FILE.png", help="draw memory against the number of images")
     command.add_argument("--json", action="store_true")
-    command = add("info", info, "What a checkpoint is, without loading its weights.")
+    command = add("info", info, "What a checkpoint is, without loading its weights; or where its time goes.")
     command.add_argument("model", nargs="?", default=TINY, help="folder or Hub id")
+    command.add_argument("--profile", action="store_true", help="load it, and say where the time of a token goes")
+    command.add_argument("--context", type=int, default=1024, help="tokens before that one (default: 1024)")
+    add_loading(command)
     command.add_argument("--json", action="store_true")
     return parser
 

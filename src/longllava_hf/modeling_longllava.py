@@ -472,7 +472,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             "past_key_values": cache,
             "use_cache": True,
         }
-        generation_config = GenerationConfig(prefill_chunk_size=prefill_chunk_size, max_new_tokens=0)
+        generation_config = GenerationConfig(prefill_chunk_size=prefill_chunk_size)
         with all_or_nothing(cache):
             features = self._encode_images(model_kwargs)
             if features is not None:
