@@ -13,7 +13,14 @@ from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from longllava_hf import LongLLaVAImageProcessor
-from longllava_hf.image_processing_longllava import VideoFile, load_picture, ordered_map
+from longllava_hf.image_processing_longllava import (
+    Frames,
+    LazyPixelValues,
+    VideoFile,
+    load_picture,
+    ordered_map,
+    picture_size,
+)
 
 from .conftest import FIXTURES
 
@@ -43,10 +50,34 @@ def as_the_authors_do(image: Image.Image, clip) -> torch.Tensor:
     return clip([square], return_tensors="pt")["pixel_values"]
 
 
-@pytest.mark.parametrize("size", [(60, 40), (40, 60), (41, 60), (48, 48), (1, 7), (500, 3), (1000, 999)])
+@pytest.mark.parametrize(
+    "size", [(60, 40), (40, 60), (41, 60), (48, 48), (1, 7), (500, 3), (1000, 999), (1333, 750), (751, 1334)]
+)
 def test_pixels_equal_clips_bit_for_bit(processor, size):
     image = photo((max(4, size[0]), max(4, size[1]))).resize(size)
     assert torch.equal(pixels(processor, image), as_the_authors_do(image, CLIPImageProcessorPil(**CLIP)))
+
+
+@pytest.mark.parametrize("size", [(1600, 1201), (1201, 1600), (4000, 3000), (97, 96)])
+@pytest.mark.parametrize("colours", ["noise", "black and white", "background"])
+def test_pixels_equal_clips_where_it_is_hard(processor, size, colours):
+    """Colours at both ends, where rounding is clipped, and noise that smooths nothing over."""
+    generator = np.random.default_rng(1)
+    values = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    if colours == "black and white":
+        values = (values > 127).astype(np.uint8) * 255
+    elif colours == "background":
+        values[:] = [int(x * 255) for x in processor.image_mean]
+    image = Image.fromarray(values)
+    assert torch.equal(pixels(processor, image), as_the_authors_do(image, CLIPImageProcessorPil(**CLIP)))
+
+
+def test_settings_without_a_square(processor):
+    """What is not CLIP's recipe takes the longer road, through arrays."""
+    image = photo((90, 50))
+    for settings in ({"do_pad": False}, {"do_resize": False, "do_center_crop": False}, {"resample": 0}):
+        ours = pixels(processor, image, **settings)
+        assert torch.equal(ours, pixels(processor, np.asarray(image), **settings)), settings
 
 
 def test_torchvision_makes_no_difference():
@@ -394,3 +425,71 @@ def test_auto_class(tmp_path, processor):
     except ImportError:
         pytest.skip("this release of Transformers has no AutoImageProcessor without torchvision")
     assert type(loaded) is LongLLaVAImageProcessor
+
+
+# Pictures that are decoded when they are needed
+
+
+@pytest.mark.parametrize("settings", [{}, {"patch_strategy": "best_fit"}])
+def test_lazy_pixels_are_the_same(processor, film, tmp_path, settings):
+    tilted = Image.Exif()
+    tilted[0x0112] = 6
+    photo((200, 90)).save(tmp_path / "tilted.jpg", exif=tilted)
+    photo((130, 50), mode="L").save(tmp_path / "grey.png")
+    array = np.asarray(photo((60, 150)))
+    movie = VideoFile(film(20), num_frames=7)
+    frames = Frames([photo(seed=i) for i in range(3)])
+    images = [tmp_path / "tilted.jpg", str(tmp_path / "grey.png"), movie, array, frames, photo((300, 50))]
+    now = processor(images, return_tensors="pt", **settings)
+    lazy = processor(images, return_tensors="pt", lazy=True, **settings)
+    later = lazy["pixel_values"]
+    assert isinstance(later, LazyPixelValues) and len(later) == len(now["pixel_values"])
+    assert later.shape == now["pixel_values"].shape and "LazyPixelValues(shape=(" in repr(later)
+    assert torch.equal(later.load(), now["pixel_values"])
+    for size in (1, 4, 5, 100):
+        batches = list(later.split(size))
+        assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+        assert torch.equal(torch.cat(batches), now["pixel_values"])
+    tiles = [1, 1]
+    if settings:
+        assert np.array_equal(lazy["image_grids"], now["image_grids"])
+        tiles = [1 + rows * columns for rows, columns in now["image_grids"][:2].tolist()]
+    assert torch.equal(later.skip(2).load(), now["pixel_values"][sum(tiles) :])
+
+
+def test_lazy_pictures_are_decoded_a_little_ahead(processor, tmp_path, monkeypatch):
+    photo().save(tmp_path / "x.png")
+    loaded = []
+
+    def load(source, name):
+        loaded.append(name)
+        return load_picture(source, name)
+
+    monkeypatch.setattr("longllava_hf.image_processing_longllava.load_picture", load)
+    lazy = processor([tmp_path / "x.png"] * 100, lazy=True)["pixel_values"]
+    assert not loaded
+    batches = lazy.split(5)
+    next(batches)
+    assert len(loaded) < 30
+    batches.close()
+    assert len(loaded) < 60
+    assert len(list(lazy.split(64))) == 2 and len(loaded) >= 100
+
+
+def test_broken_lazy_pictures_are_named(processor, tmp_path):
+    photo().save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    lazy = processor([tmp_path / "good.png"] * 3 + [tmp_path / "bad.png"], lazy=True)["pixel_values"]
+    with pytest.raises(ValueError, match=r"Image 3 \(`.*bad.png`\) is damaged or truncated"):
+        list(lazy.split(2))
+    with pytest.raises(ValueError, match=r"Image 3 \("):
+        list(lazy.skip(2).split(2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_without_pixels(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo((60, 40)).save(tmp_path / "x.jpg", exif=exif)
+    assert picture_size(tmp_path / "x.jpg") == load_picture(tmp_path / "x.jpg").size[::-1]
+    assert picture_size(np.zeros((3, 5, 7))) == picture_size(np.zeros((5, 7, 3))) == picture_size(np.zeros((5, 7)))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,7 +15,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAModel
+from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAImageProcessor, LongLLaVAModel
 from longllava_hf.convert import convert_checkpoint
 from longllava_hf.modeling_longllava import pool_patches
 
@@ -278,6 +279,55 @@ def test_many_images_are_encoded_in_batches(small_model):
     features = small_model.get_image_features(pixels).pooler_output
     assert len(features) == 130 and features[0].shape == (4, 32)
     torch.testing.assert_close(features[129], small_model.get_image_features(pixels[129:]).pooler_output[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("road", ["generate", "prefill", "forward"])
+def test_pictures_that_come_as_they_are_needed(small_model, road, tmp_path):
+    """Encoded `vision_batch_size` at a time, with the answer of all at once."""
+    generator = np.random.default_rng(0)
+    files = []
+    for i in range(7):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(files[-1])
+    processor = LongLLaVAImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_seq_length=4
+    )
+    now, lazy = (processor(files, return_tensors="pt", lazy=lazy)["pixel_values"] for lazy in (False, True))
+    ids = torch.tensor([[7, 8, *[5] * 28, 9, 10]])
+    sizes = []
+    hook = small_model.model.vision_tower.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    small_model.config.vision_batch_size = 3
+    found = []
+    for pixels in (lazy, now):
+        if road == "generate":
+            found.append(small_model.generate(ids, pixel_values=pixels, max_new_tokens=5, do_sample=False))
+        elif road == "prefill":
+            found.append(small_model.prefill(ids, pixel_values=pixels).layers[0].recurrent_states[0])
+        else:
+            found.append(small_model(ids, pixel_values=pixels).logits)
+    hook.remove()
+    assert torch.equal(*found) and sizes == [3, 3, 1] * 2
+    with pytest.raises(ValueError, match="`vision_batch_size` must be at least 1, but is 0"):
+        small_config(vision_batch_size=0)
+
+
+@torch.no_grad()
+def test_long_prompts_are_read_in_chunks(small_model, monkeypatch):
+    monkeypatch.setattr("longllava_hf.modeling_longllava.PREFILL_CHUNK_SIZE", 16)
+    ids = torch.randint(6, 120, (1, 50), generator=torch.Generator().manual_seed(0))
+    lengths, logits = [], []
+    hook = small_model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    head = small_model.lm_head.register_forward_pre_hook(lambda _, args: logits.append(args[0].shape[1]))
+    arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    chunked = small_model.generate(ids, **arguments)
+    assert lengths == [16, 16, 16, 2, 1, 1] and set(logits) == {1}
+    lengths.clear()
+    assert torch.equal(small_model.generate(ids, prefill_chunk_size=50, **arguments), chunked)
+    assert lengths == [50, 1, 1]
+    hook.remove(), head.remove()
 
 
 def test_pooling():

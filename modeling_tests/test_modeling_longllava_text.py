@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM, StaticCache
 
 from longllava_hf import LongLLaVAForCausalLM, LongLLaVATextConfig
+from longllava_hf.modeling_longllava_text import causal_attention
 
 from .conftest import small_config
 
@@ -233,3 +234,168 @@ def test_exactly_one_input(model, ids):
         model()
     with pytest.raises(ValueError, match="exactly one"):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+
+
+# Attention without masks
+
+
+@pytest.mark.parametrize("past", [0, 1, 13])
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_equals_its_definition(past, length, heads, needs_grad, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, heads[0], length, 8, generator=generator, dtype=torch.float64).to(dtype)
+    key, value = torch.randn(2, 2, heads[1], past + length + 3, 8, generator=generator, dtype=torch.float64).to(dtype)
+    key, value = key[:, :, : past + length], value[:, :, : past + length]  # with room behind, as in a cache
+    inputs = [x.detach().requires_grad_(needs_grad) for x in (query, key, value)]
+    output = causal_attention(*inputs, scaling=0.3)
+
+    q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
+    group = heads[0] // heads[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * 0.3
+    may_see = torch.arange(past + length)[None] <= past + torch.arange(length)[:, None]
+    expected = scores.masked_fill(~may_see, float("-inf")).softmax(-1) @ v.repeat_interleave(group, 1)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(output.double(), expected, **tolerance)
+    if needs_grad and dtype == torch.float64:
+        weight = torch.randn_like(expected)
+        (output * weight).sum().backward()
+        (expected * weight).sum().backward()
+        for found, wanted in zip(inputs, (q, k, v)):
+            torch.testing.assert_close(found.grad, wanted.grad, **tolerance)
+
+
+@torch.no_grad()
+def test_no_mask_is_made_without_padding(model, ids, monkeypatch):
+    def refuse(**kwargs):
+        raise AssertionError("a mask was made")
+
+    monkeypatch.setattr("longllava_hf.modeling_longllava_text.create_causal_mask", refuse)
+    expected = model(ids).logits
+    cache, pieces = DynamicCache(config=model.config), []
+    for begin, end in ((0, 20), (20, 49), (49, 50)):
+        mask = torch.ones_like(ids[:, :end])
+        pieces.append(model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+# Several sequences in a row
+
+LENGTHS = (11, 1, 38)
+
+
+def packed_arguments(how: str) -> dict:
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    if how == "position_ids":
+        return {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    if how == "seq_idx":
+        return {"seq_idx": torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int()}
+    # What Transformers' collator gives.
+    bounds = bounds.int()
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 38, "max_length_k": 38}
+
+
+@pytest.mark.parametrize(
+    ("how", "implementation", "scan"),
+    [
+        ("position_ids", "sdpa", None),
+        ("seq_idx", "sdpa", None),
+        ("cu_seq_lens", "sdpa", None),
+        ("seq_idx", "eager", None),
+        ("seq_idx", "sdpa", "reference"),
+        ("seq_idx", "sdpa", "triton"),
+    ],
+)
+def test_packed_sequences_equal_each_alone(model, ids, how, implementation, scan):
+    if scan == "triton":
+        pytest.importorskip("triton")
+    model.set_attn_implementation(implementation)
+    model.config.scan_implementation = scan
+    row, labels, losses = ids[:1], ids[:1].clone(), []
+    labels[:, [0, 11, 12]] = -100  # nothing is to be foretold across a boundary
+    packed = model(row, labels=labels, **packed_arguments(how))
+    model.zero_grad()
+    packed.loss.backward()
+    gradient = model.model.layers[0].mamba.in_proj.weight.grad.clone()
+    model.zero_grad()
+    for logits, sample in zip(packed.logits.split(LENGTHS, dim=1), row.split(LENGTHS, dim=1)):
+        alone = model(sample)
+        torch.testing.assert_close(logits, alone.logits, rtol=1e-5, atol=1e-5)
+        if sample.shape[1] > 1:
+            losses.append(torch.nn.functional.cross_entropy(alone.logits[0, :-1], sample[0, 1:], reduction="sum"))
+    total = sum(losses) / (sum(LENGTHS) - 3)
+    torch.testing.assert_close(packed.loss, total, rtol=1e-5, atol=1e-5)
+    total.backward()
+    torch.testing.assert_close(gradient, model.model.layers[0].mamba.in_proj.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_collator_that_packs(model):
+    """Transformers' own, with what it hands to the model."""
+    from transformers import DataCollatorWithFlattening
+
+    generator = torch.Generator().manual_seed(5)
+    samples = [torch.randint(6, 120, (n,), generator=generator).tolist() for n in LENGTHS]
+    for options in ({}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}):
+        batch = DataCollatorWithFlattening(**options)([{"input_ids": sample} for sample in samples])
+        outputs = model(**batch)
+        assert torch.isfinite(outputs.loss)
+        for logits, sample in zip(outputs.logits.split(LENGTHS, dim=1), samples):
+            torch.testing.assert_close(logits, model(torch.tensor([sample])).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_stand_alone(model, ids):
+    cache = DynamicCache(config=model.config)
+    assert model(ids, **packed_arguments("position_ids")).past_key_values is None
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be combined with a cache of 50 tokens"):
+        model(ids[:1], past_key_values=cache, **packed_arguments("seq_idx"))
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask, **packed_arguments("seq_idx")).logits,
+        model(ids, **packed_arguments("seq_idx")).logits,
+    )
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="cannot be combined with padding"):
+        model(ids, attention_mask=mask, **packed_arguments("seq_idx"))
+
+
+# The token loop
+
+
+@pytest.mark.parametrize("scan", ["torch", "triton", "reference"])
+def test_scan_implementations_say_the_same(model, ids, scan):
+    if scan == "triton":
+        pytest.importorskip("triton")
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    model.config.scan_implementation = scan
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    model.config.scan_implementation = "mambo"
+    with pytest.raises(ValueError, match="`scan_implementation` must be one of"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_a_token_is_one_graph(model, ids):
+    """Nothing in the loop asks the device for a value, so it can be captured; the cache stays where it is."""
+    static = StaticCache(config=model.config, max_cache_len=60)
+    expected = model.generate(
+        ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=6, do_sample=False
+    )
+    output = model.generate(ids, cache_implementation="static", max_new_tokens=6, do_sample=False)
+    assert torch.equal(output, expected)
+
+    model.set_experts_implementation("batched_mm")  # those of this package are one graph on a GPU
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    masks = {"full_attention": None, "linear_attention": None}
+    model(ids, past_key_values=static)
+    token, said = expected[:, 50:51], []
+    addresses = set()
+    for i in range(5):
+        may_see = (torch.arange(60) <= 50 + i)[None, None, None].expand(2, 1, 1, 60)
+        logits = step(token, past_key_values=static, attention_mask={**masks, "full_attention": may_see}).logits
+        token = logits[:, -1:].argmax(-1)
+        said.append(token)
+        addresses.add((static.layers[4].keys.data_ptr(), static.layers[0].recurrent_states[0].data_ptr()))
+    assert torch.equal(torch.cat(said, dim=1), expected[:, 51:]) and len(addresses) == 1

@@ -18,9 +18,10 @@ from transformers import (
 # Older releases hide this class behind torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .cache_longllava import LongLLaVACache
 from .checkpoint_longllava import register_expert_conversion
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
-from .image_processing_longllava import LongLLaVAImageProcessor
+from .image_processing_longllava import LazyPixelValues, LongLLaVAImageProcessor
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
 from .processing_longllava import LongLLaVAProcessor
@@ -56,6 +57,8 @@ _register()
 
 __all__ = [
     "TINY",
+    "LazyPixelValues",
+    "LongLLaVACache",
     "LongLLaVAConfig",
     "LongLLaVAForCausalLM",
     "LongLLaVAForConditionalGeneration",

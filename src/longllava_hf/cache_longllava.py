@@ -79,8 +79,10 @@ class PreallocatedLayer(DynamicLayer):
         return room[..., :total, :]
 
     def reset(self) -> None:
-        super().reset()
+        """As [`DynamicLayer.reset`]: empty, on every Transformers release."""
         self.rooms = {}
+        if self.is_initialized:
+            self.lazy_initialization(self.keys, self.values)
 
 
 def make_room(cache: Cache, capacity: int) -> None:

@@ -464,6 +464,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         Raises:
             ValueError: as `forward`, or if there is nothing to read. The context is then as it was.
         """
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("Prompts of different length must be padded on the left, so that all end with a token.")
         cache = LongLLaVACache(config=self.config) if past_key_values is None else past_key_values
         model_kwargs = {
             "pixel_values": pixel_values,
@@ -546,11 +548,14 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         start = past_length if total == length or inputs_embeds is not None else 0
         if isinstance(cache, LongLLaVACache) and cache.input_ids is not None and inputs_embeds is None:
             start = past_length if cache.is_repeated_by(input_ids) else 0
-            if start == 0 and past_length and attention_mask is not None and total == length:
+            total = past_length - start + length
+            if attention_mask is None and cache.attention_mask is not None:
+                attention_mask = torch.ones_like(input_ids[:, start:])
+            if attention_mask is not None and attention_mask.shape[1] < total:
                 attention_mask = torch.cat([cache.mask_of(attention_mask), attention_mask], dim=1)
                 model_kwargs["attention_mask"] = attention_mask
                 if model_kwargs.get("position_ids") is not None:
-                    model_kwargs["position_ids"] = model_kwargs["position_ids"] + past_length
+                    model_kwargs["position_ids"] = model_kwargs["position_ids"] + total - length
         if length <= start:
             raise ValueError(
                 f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."

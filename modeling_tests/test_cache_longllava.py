@@ -1,0 +1,362 @@
+"""Caches that grow in place, that survive an interruption, and that are kept in files."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from longllava_hf import LongLLaVACache, LongLLaVAForConditionalGeneration, cli
+from longllava_hf.cache_longllava import PreallocatedLayer, all_or_nothing, context_metadata, make_room
+
+from .conftest import small_config
+from .test_longllava_tiny import DIGITS, FILM, FILM_DIGIT
+
+
+def prompt(images: int = 3, tail: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(6, 120, (images + 1, tail), generator=generator).tolist()
+    ids = [id for text in words[:-1] for id in [*text, 5, 5, 5, 5]] + words[-1]
+    return {"input_ids": torch.tensor([ids]), "pixel_values": torch.randn(images, 3, 16, 16, generator=generator)}
+
+
+def states(cache) -> list[torch.Tensor]:
+    tensors = []
+    for layer in cache.layers:
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            tensors += [] if value is None else [value.clone()]
+        for group in ("conv_states", "recurrent_states"):
+            tensors += [state.clone() for state in getattr(layer, group, {}).values() if state is not None]
+    return tensors
+
+
+def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+# Room
+
+
+@torch.no_grad()
+def test_a_layer_grows_in_place():
+    layer, plain = PreallocatedLayer(capacity=40), DynamicCache().layer_class_to_replicate()
+    addresses = set()
+    for length in (30, *[1] * 30):
+        new = torch.randn(2, 3, length, 8)
+        keys, values = layer.update(new, -new)
+        expected_keys, expected_values = plain.update(new, -new)
+        torch.testing.assert_close(keys, expected_keys)
+        torch.testing.assert_close(values, expected_values)
+        addresses.add(keys.data_ptr())
+    assert layer.get_seq_length() == 60
+    assert len(addresses) <= 6  # allocated a few times, not thirty
+
+
+@torch.no_grad()
+def test_a_layer_that_was_changed_by_others():
+    """Cropped, reordered, repeated or reset, it goes on from what it holds then."""
+    layer, plain = PreallocatedLayer(capacity=50), DynamicCache().layer_class_to_replicate()
+    changes = [
+        lambda x: x.crop(-4),
+        lambda x: x.reorder_cache(torch.tensor([1, 0])),
+        lambda x: x.batch_repeat_interleave(2),
+        lambda x: x.batch_select_indices(torch.tensor([0, 3])),
+        lambda x: x.reset(),
+    ]
+    for change in changes:
+        for length in (5, 1):
+            new = torch.randn(2, 3, length, 8)
+            if layer.get_seq_length() and layer.keys.shape[0] != 2:
+                new = new.repeat(2, 1, 1, 1)
+            layer.update(new, -new), plain.update(new, -new)
+        torch.testing.assert_close(layer.keys, plain.keys)
+        torch.testing.assert_close(layer.values, plain.values)
+        change(layer), change(plain)
+    assert layer.get_seq_length() == 0
+
+
+def test_a_layer_in_training():
+    layer = PreallocatedLayer(capacity=50)
+    pieces = [torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3)]
+    for piece in pieces:
+        keys, _ = layer.update(piece, piece)
+    keys.square().sum().backward()
+    for piece in pieces:
+        torch.testing.assert_close(piece.grad, 2 * piece)
+
+
+@torch.no_grad()
+def test_generating_copies_no_keys(small_model):
+    inputs, cache = prompt(), DynamicCache(config=small_model.config)
+    addresses = set()
+    hook = small_model.register_forward_hook(lambda *_: addresses.add(cache.layers[4].keys.data_ptr()))
+    small_model.generate(**inputs, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    hook.remove()
+    assert isinstance(cache.layers[4], PreallocatedLayer) and len(addresses) == 1
+
+
+def test_copies_are_apart():
+    cache = DynamicCache(config=small_config().text_config)
+    make_room(cache, 30)
+    new = torch.randn(1, 2, 5, 8)
+    cache.update(new, new, 4)
+    branch = copy.deepcopy(cache)
+    branch.update(new, new, 4)
+    cache.update(-new, -new, 4)
+    torch.testing.assert_close(branch.layers[4].keys, torch.cat([new, new], dim=2))
+    torch.testing.assert_close(cache.layers[4].keys, torch.cat([new, -new], dim=2))
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, LongLLaVACache])
+@pytest.mark.parametrize("is_empty", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_nothing_behind(small_model, kind, is_empty, error):
+    cache = kind(config=small_model.config)
+    first, second = prompt(2), prompt(3, seed=1)
+    ids = second["input_ids"]
+    if not is_empty:
+        small_model.generate(**first, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        ids = torch.cat([first["input_ids"], ids], dim=1)
+    before, length = states(cache), cache.get_seq_length()
+    calls = []
+
+    def stop(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            raise error("stopped")
+
+    hook = small_model.model.language_model.register_forward_hook(stop)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(error, match="stopped"):
+        small_model.generate(
+            input_ids=ids,
+            pixel_values=second["pixel_values"],
+            past_key_values=cache,
+            prefill_chunk_size=10,
+            **arguments,
+        )
+    hook.remove()
+    assert cache.get_seq_length() == length
+    assert_same(states(cache), before)
+    again = small_model.generate(
+        input_ids=ids, pixel_values=second["pixel_values"], past_key_values=cache, **arguments
+    )
+    pixels = second["pixel_values"] if is_empty else torch.cat([first["pixel_values"], second["pixel_values"]])
+    assert torch.equal(again, small_model.generate(input_ids=ids, pixel_values=pixels, **arguments))
+
+
+def test_nothing_is_undone_that_went_well():
+    cache = DynamicCache(config=small_config().text_config)
+    with all_or_nothing(cache):
+        cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 4)
+    assert cache.get_seq_length() == 3
+
+
+# Contexts
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_context_answers_like_the_whole_prompt(small_model, tmp_path, repeats, masked):
+    inputs = prompt()
+    ids, cut = inputs["input_ids"], 31
+    context = small_model.prefill(ids[:, :cut], inputs["pixel_values"][:2], prefill_chunk_size=8)
+    context.save(tmp_path / "x.ctx", small_model)
+    again = LongLLaVACache.load(tmp_path / "x.ctx", small_model)
+    assert_same(states(context), states(again))
+    assert again.inputs_digest == context.inputs_digest and torch.equal(again.input_ids, ids[:, :cut])
+    before = states(context)
+    for cache in (copy.deepcopy(context), again):
+        new = ids if repeats else ids[:, cut:]
+        mask = {"attention_mask": torch.ones_like(new)} if masked else {}
+        pixels = inputs["pixel_values"] if repeats else inputs["pixel_values"][2:]
+        output = small_model.generate(new, pixel_values=pixels, past_key_values=cache, max_new_tokens=8, **mask)
+        expected = small_model.generate(**inputs, max_new_tokens=8)
+        assert torch.equal(output[:, new.shape[1] :], expected[:, ids.shape[1] :])
+        assert torch.equal(cache.input_ids, expected[:, :-1])  # it knows what was said, too
+    assert_same(states(context), before)
+
+
+def test_a_context_is_continued(small_model):
+    inputs = prompt(4)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    whole = small_model.prefill(**inputs)
+    parts = small_model.prefill(ids[:, :20], pixels[:1])
+    digest = parts.inputs_digest
+    assert small_model.prefill(ids[:, 20:40], pixels[1:3], past_key_values=parts) is parts
+    small_model.prefill(ids, pixels[3:], past_key_values=parts)  # all ids again
+    assert torch.equal(parts.input_ids, ids) and parts.get_seq_length() == ids.shape[1]
+    assert parts.inputs_digest != digest
+    for one, other in zip(states(whole), states(parts)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    other = small_model.prefill(ids, -pixels)
+    assert other.inputs_digest != whole.inputs_digest
+
+
+def test_padded_rows_in_a_context(small_model):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(6, 120, (2, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    question = torch.randint(6, 120, (2, 4), generator=generator)
+    context = small_model.prefill(ids, attention_mask=mask)
+    output = small_model.generate(question, past_key_values=context, max_new_tokens=5, do_sample=False)
+    for row in range(2):
+        alone = torch.cat([ids[row][mask[row].bool()], question[row]])[None]
+        expected = small_model.generate(alone, max_new_tokens=5, do_sample=False)
+        assert torch.equal(output[row, 4:], expected[0, alone.shape[1] :])
+    with pytest.raises(ValueError, match="on the left"):
+        small_model.prefill(ids, attention_mask=mask.flip(1))
+
+
+def test_another_decoder_has_contexts_too(tmp_path):
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 120,
+    }
+    torch.manual_seed(0)
+    config = small_config(text_config={})
+    config = type(config)(text_config=text, vision_config=config.vision_config.to_dict(), image_token_id=5)
+    model = LongLLaVAForConditionalGeneration(config).eval()
+    inputs = prompt()
+    ids = inputs["input_ids"]
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    model.prefill(ids[:, :40], inputs["pixel_values"], prefill_chunk_size=16).save(tmp_path / "x", model)
+    for new in (ids, ids[:, 40:]):
+        context = LongLLaVACache.load(tmp_path / "x", model)
+        output = model.generate(
+            new, attention_mask=torch.ones_like(new), past_key_values=context, max_new_tokens=6, do_sample=False
+        )
+        assert torch.equal(output[:, new.shape[1] :], expected[:, ids.shape[1] :])
+
+
+def test_contexts_of_others_are_refused(small_model, tmp_path, tiny_processor):
+    file = tmp_path / "x.ctx"
+    small_model.prefill(**prompt()).save(file, small_model, tiny_processor)
+    LongLLaVACache.load(file, small_model, tiny_processor)
+
+    torch.manual_seed(1)
+    other = LongLLaVAForConditionalGeneration(small_config())
+    with pytest.raises(
+        ValueError, match=r"x.ctx` is of another model: its fingerprint is \w{12}, and that of the model"
+    ):
+        LongLLaVACache.load(file, other)
+    changed = copy.deepcopy(small_model)
+    changed.config.text_config.rms_norm_eps = 1e-3
+    with pytest.raises(ValueError, match="of another model"):
+        LongLLaVACache.load(file, changed)
+    with pytest.raises(ValueError, match="of another model"):
+        LongLLaVACache.load(file, copy.deepcopy(small_model).to(torch.bfloat16))
+    processor = copy.deepcopy(tiny_processor)
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="of another processor"):
+        LongLLaVACache.load(file, small_model, processor)
+
+    # How it is computed does not make it another one.
+    changed = copy.deepcopy(small_model)
+    changed.config.vision_batch_size, changed.config.text_config.scan_implementation = 3, "reference"
+    LongLLaVACache.load(file, changed)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 0.999])
+def test_a_truncated_context_is_refused(small_model, tmp_path, share):
+    file = tmp_path / "x.ctx"
+    small_model.prefill(**prompt()).save(file, small_model)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises((OSError, ValueError), match=r"x.ctx` is (damaged or truncated|not a context)"):
+        LongLLaVACache.load(file, small_model)
+
+
+def test_what_is_no_context(small_model, tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "empty").write_bytes(b"")
+    for name in ("weights.safetensors", "empty"):
+        assert context_metadata(tmp_path / name) is None
+        with pytest.raises(ValueError, match="not a context"):
+            LongLLaVACache.load(tmp_path / name, small_model)
+    with pytest.raises(FileNotFoundError):
+        LongLLaVACache.load(tmp_path / "none", small_model)
+    with pytest.raises(ValueError, match="0 tokens"):
+        LongLLaVACache(config=small_model.config).save(tmp_path / "x", small_model)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "weights.safetensors"]
+
+
+def test_a_context_file_is_plain_safetensors(small_model, tmp_path):
+    small_model.prefill(**prompt()).save(tmp_path / "x.ctx", small_model)
+    with safe_open(tmp_path / "x.ctx", framework="pt") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "longllava_cache" and metadata["tokens"] == "48"
+        assert "layers.4.keys" in file.keys() and "layers.0.recurrent_states.0" in file.keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ctx"]
+
+
+# On the command line
+
+
+def ask(*arguments, capsys) -> dict:
+    assert cli.main(["ask", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_keeping_a_film(tmp_path, capsys):
+    question, context = "Which digit appears in this film?", tmp_path / "film.ctx"
+    whole = ask(FILM, question, capsys=capsys)
+    kept = ask(FILM, question, "--keep", context, capsys=capsys)
+    size = context.stat().st_size
+    for _ in range(2):
+        again = ask(context, question, capsys=capsys)
+        assert again["answer"] == kept["answer"] == whole["answer"] == FILM_DIGIT
+        assert again["files"] == whole["files"]
+        assert again["context_tokens"] + again["prompt_tokens"] == whole["prompt_tokens"]
+        assert again["prompt_tokens"] < 20
+    assert context.stat().st_size == size
+    assert [file.name for file in tmp_path.iterdir()] == ["film.ctx"]
+
+
+def test_adding_to_what_was_kept(tmp_path, capsys):
+    question = "Which digit is the {} picture?"
+    ask(DIGITS["three"], question.format("first"), "--keep", tmp_path / "1", capsys=capsys)
+    ask(tmp_path / "1", DIGITS["seven"], question.format("first"), "--keep", tmp_path / "2", capsys=capsys)
+    files = [DIGITS["three"], DIGITS["seven"], DIGITS["three"]]
+    whole = ask(*files, question.format("third"), capsys=capsys)
+    for place, answer in (("first", "3"), ("second", "7"), ("third", "3")):
+        result = ask(tmp_path / "2", DIGITS["three"], question.format(place), capsys=capsys)
+        assert result["answer"] == answer
+        assert [file["path"] for file in result["files"]] == files
+        assert result["context_tokens"] + result["prompt_tokens"] == whole["prompt_tokens"]
+
+
+def test_chat_about_what_was_kept(tmp_path, capsys, monkeypatch):
+    ask(DIGITS["three"], "Which digit is this?", "--keep", tmp_path / "x", capsys=capsys)
+    turns = iter(["Which digit is this?", f"/show {DIGITS['seven']}", "Which digit is this?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(turns))
+    assert cli.main(["chat", str(tmp_path / "x"), "--json"]) == 0
+    answers = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+    assert answers[0] == "3" and len(answers) == 2
+
+
+def test_bad_contexts_on_the_command_line(small_model, tmp_path, capsys):
+    ask(DIGITS["three"], "Which digit is this?", "--keep", tmp_path / "x", capsys=capsys)
+    content = (tmp_path / "x").read_bytes()
+    for size in (300, len(content) - 1):
+        (tmp_path / "cut").write_bytes(content[:size])
+        assert cli.main(["ask", str(tmp_path / "cut"), "?"]) == 2
+        assert "cut` is damaged or truncated" in capsys.readouterr().err
+    small_model.prefill(**prompt()).save(tmp_path / "other", small_model)
+    assert cli.main(["ask", str(tmp_path / "other"), "?"]) == 2
+    assert "other` is of another model" in capsys.readouterr().err
+    assert cli.main(["ask", DIGITS["three"], "?", "--keep", str(tmp_path / "no" / "x")]) == 2
+    assert "does not exist" in capsys.readouterr().err
