@@ -2,6 +2,7 @@
 """What the benchmarks share: timing things side by side, a table, and JSON."""
 
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +35,27 @@ def time_side_by_side(candidates: dict[str, Callable], rounds: int) -> dict[str,
             run()
             seconds[name].append(time.perf_counter() - started)
     return {name: {"minimum": min(s), "median": statistics.median(s)} for name, s in seconds.items()}
+
+
+def run_apart(function: Callable, *arguments) -> Any:
+    """The result of a function of a module, called in a process of its own, where nothing was allocated before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def resident(kind: str = "VmRSS") -> int:
+    """Bytes of this process in memory: now (`"VmRSS"`), or at most so far (`"VmHWM"`). Linux only."""
+    line = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return 1024 * int(line[1])
+
+
+def peak_of(run: Callable) -> tuple[Any, int]:
+    """The result of a function, and how many bytes more than before were in memory meanwhile, at most."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is there now
+    result = run()
+    return result, resident("VmHWM") - before
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
@@ -66,6 +89,35 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         if i == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def draw(name: str, title: str, x: str, panels: dict[str, dict[str, list]], folder: Path = RESULTS) -> Path:
+    """
+    Panels side by side, as `name.png`.
+
+    Args:
+        panels (`dict`): for each, by the label of its y axis, the lines: name to `(x values, y values)`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for panel, (label, lines) in zip(axes[0], panels.items()):
+        for line, (xs, ys) in lines.items():
+            panel.plot(xs, ys, marker="o", label=line)
+        panel.set(xlabel=x, ylabel=label, ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.png"
+    temporary = file.with_suffix(".png.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+    os.replace(temporary, file)
+    return file
 
 
 def write_json(name: str, content: dict, folder: Path = RESULTS) -> Path:

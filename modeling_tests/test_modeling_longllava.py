@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -308,7 +309,7 @@ def test_pictures_that_come_as_they_are_needed(small_model, road, tmp_path):
             found.append(small_model(ids, pixel_values=pixels).logits)
     hook.remove()
     assert torch.equal(*found) and sizes == [3, 3, 1] * 2
-    with pytest.raises(ValueError, match="`vision_batch_size` must be at least 1, but is 0"):
+    with pytest.raises(StrictDataclassClassValidationError, match="`vision_batch_size` must be at least 1, but is 0"):
         small_config(vision_batch_size=0)
 
 
