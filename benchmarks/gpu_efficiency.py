@@ -1,8 +1,8 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """
 The paper's efficiency table (arXiv 2409.02889, one 80 GB GPU, int8, 100,000 tokens) on this machine: prefill, decode and
-peak memory of the published shapes with random int8 weights, and a prompt of 1,000 images. Needs CUDA and the package's
-core dependencies, neither network nor checkpoints.
+peak memory of the published shapes with random int8 weights, the scan alone, and a prompt of 1,000 images. Needs CUDA and
+the package's core dependencies, neither network nor checkpoints.
 
     python benchmarks/gpu_efficiency.py                    # both shapes
     python benchmarks/gpu_efficiency.py --tiny             # the same on the CPU with a tiny shape, to see that it runs
@@ -19,11 +19,13 @@ import torch
 from report import RESULTS, machine, print_table, write_json
 from torch import nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
 from longllava_hf.plan import build_on_meta, published_shape
 from longllava_hf.quantization_longllava import LongLLaVAInt8Linear
+from longllava_hf.selective_scan_longllava import is_installed, selective_scan
 
 
 # Seconds to read 100,000 tokens, tokens a second after them, and GB: one A100 80 GB, vLLM, int8.
@@ -169,21 +171,64 @@ def measure_text(model, device: Device, tokens: int, new_tokens: int, chunk: int
 
 @torch.inference_mode()
 def measure_images(model, device: Device, images: int, new_tokens: int, chunk: int) -> dict[str, Any]:
+    """The pictures' pixels stay on the host, and reach the device a batch at a time."""
     config = model.config
     size = config.vision_config.image_size
     device.reset_peak()
-    pixels = torch.randn(images, 3, size, size, device=device.name, dtype=torch.bfloat16)
-    tower = device.time(lambda: model._encode_images({"pixel_values": pixels}))
+    pixels = torch.randn(images, 3, size, size, dtype=torch.bfloat16)
     image = [600, *[config.image_token_id] * config.image_seq_length, 601, 602]
     ids = torch.tensor([image * images + [603] * 32], device=device.name)
-    whole = device.time(lambda: generate(model, ids, new_tokens, chunk, pixel_values=pixels))
+    results: dict[str, Any] = {}
+
+    def encode() -> None:
+        features = model._encode_images({"pixel_values": pixels})
+        results["pictures"] = {"image": BaseModelOutputWithPooling(pooler_output=[features])}
+
+    def read() -> None:
+        encoded = results.pop("pictures")
+        results["context"] = model.prefill(ids, mm_encoder_outputs=encoded, prefill_chunk_size=chunk)
+
+    tower, prefill = device.time(encode), device.time(read)
+    context = results["context"]
+    decode = device.time(lambda: generate(model, ids[:, -1:], new_tokens, chunk, past_key_values=context))
     return {
         "images": images,
         "prompt tokens": ids.shape[1],
         "tower s": tower,
-        f"tower, prefill and {new_tokens} tokens s": whole,
+        "prefill s": prefill,
+        f"{new_tokens} tokens s": decode,
         "peak GB": device.peak_gigabytes(),
     }
+
+
+@torch.inference_mode()
+def measure_scan(device: Device, tokens: int, channels: int, bandwidth: float) -> list[dict[str, Any]]:
+    """The scan alone, and its floor: the bytes that must move, or the exponentials that must be taken, if they are more."""
+    states = 16
+    long = [torch.randn(1, channels, tokens, device=device.name, dtype=torch.bfloat16) for _ in range(3)]
+    wide = [torch.randn(1, states, tokens, device=device.name, dtype=torch.bfloat16) for _ in range(2)]
+    A = -torch.arange(1.0, states + 1, device=device.name).repeat(channels, 1)
+    D = torch.ones(channels, device=device.name)
+    values = torch.randn(1 << 22, device=device.name)
+    device.time(values.exp)
+    exponentials = values.numel() / min(device.time(lambda: torch.exp(values, out=values)) for _ in range(10))
+    moved = 4 * long[0].nbytes + 2 * wide[0].nbytes
+    floor = max(moved / bandwidth, channels * tokens * states / exponentials)
+    names = ["triton" if device.is_cuda else "torch"]
+    names += ["mamba_ssm"] if device.is_cuda and is_installed("mamba_ssm") else []
+    rows = []
+    for name in names:
+
+        def run(name=name) -> None:
+            u, delta, z = long
+            selective_scan(u, delta, A, *wide, D, z, delta_softplus=True, implementation=name)
+
+        device.time(run)
+        seconds = min(device.time(run) for _ in range(5))
+        rows.append(
+            {"scan": name, "tokens": tokens, "d_inner": channels, "seconds": seconds, "of the floor": floor / seconds}
+        )
+    return rows
 
 
 def main() -> None:
@@ -215,6 +260,9 @@ def main() -> None:
     where = machine(device.name)
     print(f"{where['device']}: {rate / 1e12:.4g} TFLOP/s in bfloat16, copies at {bandwidth / 1e9:.4g} GB/s, measured")
     text_rows, image_rows = [], []
+    scan_rows = measure_scan(device, tokens, 64 if arguments.tiny else 8192, bandwidth)
+    print_table(scan_rows)
+    print()
     for shape in ["tiny"] if arguments.tiny else arguments.shapes:
         config = tiny_config() if arguments.tiny else published_shape(shape)
         model = random_int8_model(config, device)
@@ -255,6 +303,7 @@ def main() -> None:
         "bf16_flops": rate,
         "copy_bytes_per_second": bandwidth,
         "prefill_chunk_size": chunk,
+        "scan": scan_rows,
         "text": text_rows,
         "images": image_rows,
     }

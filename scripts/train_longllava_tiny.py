@@ -488,7 +488,9 @@ def ask(model, processor, conversations: list) -> list[str]:
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(checkpoint: str, quantization: str = "none", films: int = 200, series: int = 300) -> dict[str, float]:
+def evaluate(
+    checkpoint: str, quantization: str = "none", films: int = 200, series: int = 300, longs: int = 60
+) -> dict[str, float]:
     """Accuracy on held-out digits and footage, through the processor and `generate`, as a user would."""
     quantization_config = named_quantization(quantization)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=quantization_config).eval()
@@ -523,10 +525,22 @@ def evaluate(checkpoint: str, quantization: str = "none", films: int = 200, seri
         film = frames[start : start + 64]
         film[rng.randrange(64)] = draw(scans[needle], film[0].size)
         hidden.append(([{"type": "video", "video": film}, text(rng.choice(FILM))], digits[needle]))
+    small = [frame.resize((128, 72)) for frame in frames]
+    long = []
+    for case in range(longs):
+        needle, place = rng.randrange(len(pictures)), (0, 999, rng.randrange(1000))[case % 3]
+        pile = [rng.choice(small) for _ in range(1000)]
+        pile[place] = draw(scans[needle], small[0].size)
+        if case % 2:
+            content = [{"type": "video", "video": pile}, text(rng.choice(FILM))]
+        else:
+            content = [*({"type": "image", "image": p} for p in pile), text(rng.choice(PILE))]
+        long.append((content, digits[needle]))
     return {
         f"single digit ({len(singles)} held-out scans)": score(singles, 60),
         f"N-th of 8 pictures ({series} series)": score(ordered, 30),
         f"digit hidden in a 64-frame film ({films} films of unseen footage)": score(hidden, 10),
+        f"digit in 1,000 pictures or frames, first, last or anywhere ({longs} cases)": score(long, 1),
     }
 
 
