@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,7 +217,40 @@ def test_padded_rows_in_a_context(small_model):
         small_model.prefill(ids, attention_mask=mask.flip(1))
 
 
-def test_another_decoder_has_contexts_too(tmp_path):
+@pytest.mark.parametrize("begin", ["prefill", "generate"])
+def test_padded_rows_over_several_turns(small_model, begin):
+    """What was padding once stays padding, whoever says so again."""
+    generator = torch.Generator().manual_seed(4)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    ids = torch.randint(6, 120, (2, 9), generator=generator)
+    answers = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cache = LongLLaVACache(config=small_model.config)
+    whole, whole_mask = ids, mask
+    if begin == "prefill":
+        small_model.prefill(ids, attention_mask=mask, past_key_values=cache)
+    else:
+        whole = small_model.generate(ids, attention_mask=mask, past_key_values=cache, **answers)
+        whole_mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+    for turn, new_tokens in enumerate((3, 21, 2)):
+        new = torch.randint(6, 120, (2, new_tokens), generator=generator)
+        known = cache.get_seq_length()
+        whole = torch.cat([whole, new], dim=1)
+        whole_mask = torch.nn.functional.pad(whole_mask, (0, new_tokens), value=1)
+        given = {"input_ids": whole[:, known:]}
+        if turn == 1:
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        if turn == 2:
+            given = {"input_ids": whole, "attention_mask": whole_mask}
+        output = small_model.generate(**given, past_key_values=cache, **answers)
+        expected = small_model.generate(whole, attention_mask=whole_mask, **answers)
+        assert torch.equal(output[:, -4:], expected[:, -4:])
+        assert cache.get_seq_length() == expected.shape[1] - 1
+        whole, whole_mask = expected, torch.nn.functional.pad(whole_mask, (0, 4), value=1)
+    assert torch.equal(cache.attention_mask, whole_mask[:, :-1])
+
+
+def other_decoder() -> LongLLaVAForConditionalGeneration:
     text = {
         "model_type": "qwen2",
         "hidden_size": 32,
@@ -227,19 +261,54 @@ def test_another_decoder_has_contexts_too(tmp_path):
         "vocab_size": 120,
     }
     torch.manual_seed(0)
-    config = small_config(text_config={})
+    config = small_config()
     config = type(config)(text_config=text, vision_config=config.vision_config.to_dict(), image_token_id=5)
-    model = LongLLaVAForConditionalGeneration(config).eval()
-    inputs = prompt()
+    return LongLLaVAForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_another_decoder_has_contexts_too(tmp_path, chunk):
+    model, inputs = other_decoder(), prompt()
     ids = inputs["input_ids"]
-    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    model.prefill(ids[:, :40], inputs["pixel_values"], prefill_chunk_size=16).save(tmp_path / "x", model)
-    for new in (ids, ids[:, 40:]):
-        context = LongLLaVACache.load(tmp_path / "x", model)
-        output = model.generate(
-            new, attention_mask=torch.ones_like(new), past_key_values=context, max_new_tokens=6, do_sample=False
-        )
-        assert torch.equal(output[:, new.shape[1] :], expected[:, ids.shape[1] :])
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **options)
+    model.prefill(ids[:, :32], inputs["pixel_values"][:2], prefill_chunk_size=16).save(tmp_path / "x", model)
+    for new, pixels in ((ids, inputs["pixel_values"]), (ids[:, 32:], inputs["pixel_values"][2:])):
+        for mask in ({}, {"attention_mask": torch.ones_like(new)}):
+            context = LongLLaVACache.load(tmp_path / "x", model)
+            found = model.generate(
+                new, pixel_values=pixels, past_key_values=context, prefill_chunk_size=chunk, **mask, **options
+            )
+            for one, other in zip(found.logits, expected.logits):  # positions go on from the past
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_other_pictures_are_not_taken_for_those_in_a_context(small_model):
+    inputs = prompt(2)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    context = small_model.prefill(ids[:, :-3], pixels)
+    small_model.generate(ids, pixel_values=pixels, past_key_values=copy.deepcopy(context), max_new_tokens=2)
+    with pytest.raises(ValueError, match="repeat the context's tokens, but not its pictures"):
+        small_model.generate(ids, pixel_values=pixels.flip(0), past_key_values=context, max_new_tokens=2)
+    assert context.get_seq_length() == ids.shape[1] - 3
+
+
+def test_a_context_forgets_when_it_is_reset(small_model):
+    inputs = prompt()
+    context = small_model.prefill(**inputs)
+    context.reset()
+    assert context.input_ids is None and context.image_sums is None and context.get_seq_length() == 0
+    words = torch.tensor([[7, 8, 9, 10]])
+    first = small_model.generate(words, past_key_values=context, max_new_tokens=3, do_sample=False)
+    assert torch.equal(first, small_model.generate(words, max_new_tokens=3, do_sample=False))
+
+
+def test_more_sequences_than_a_context_has(small_model):
+    inputs = prompt()
+    for options in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        context = small_model.prefill(**inputs)
+        with pytest.raises(ValueError, match="holds 1 sequences, but 2 are to be continued"):
+            small_model.generate(torch.tensor([[7, 8]]), past_key_values=context, max_new_tokens=2, **options)
 
 
 def test_contexts_of_others_are_refused(small_model, tmp_path, tiny_processor):
@@ -253,6 +322,11 @@ def test_contexts_of_others_are_refused(small_model, tmp_path, tiny_processor):
         ValueError, match=r"x.ctx` is of another model: its fingerprint is \w{12}, and that of the model"
     ):
         LongLLaVACache.load(file, other)
+    changed = copy.deepcopy(small_model)
+    with torch.no_grad():
+        changed.lm_head.weight[:, 1] += 1
+    with pytest.raises(ValueError, match="of another model"):
+        LongLLaVACache.load(file, changed)
     changed = copy.deepcopy(small_model)
     changed.config.text_config.rms_norm_eps = 1e-3
     with pytest.raises(ValueError, match="of another model"):
@@ -358,5 +432,10 @@ def test_bad_contexts_on_the_command_line(small_model, tmp_path, capsys):
     small_model.prefill(**prompt()).save(tmp_path / "other", small_model)
     assert cli.main(["ask", str(tmp_path / "other"), "?"]) == 2
     assert "other` is of another model" in capsys.readouterr().err
+    content = Path(DIGITS["three"]).read_bytes()
+    (tmp_path / "three.png").write_bytes(content)
+    assert cli.main(["ask", str(tmp_path / "three.png"), "?", "--keep", str(tmp_path / "three.png")]) == 2
+    assert "is no kept context, so it is not written over" in capsys.readouterr().err
+    assert (tmp_path / "three.png").read_bytes() == content
     assert cli.main(["ask", DIGITS["three"], "?", "--keep", str(tmp_path / "no" / "x")]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -486,7 +486,13 @@ def test_broken_lazy_pictures_are_named(processor, tmp_path):
         list(lazy.skip(2).split(2))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+def test_lazy_pixels_need_a_size(processor):
+    with pytest.raises(ValueError, match="`lazy=True` needs `do_center_crop=True`"):
+        processor([photo()], lazy=True, do_center_crop=False)
+    assert processor([photo()], lazy=True)["pixel_values"].skip(1).load().shape == (0, 3, 48, 48)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
 def test_size_without_pixels(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation

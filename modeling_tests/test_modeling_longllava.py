@@ -313,6 +313,18 @@ def test_pictures_that_come_as_they_are_needed(small_model, road, tmp_path):
         small_config(vision_batch_size=0)
 
 
+def test_a_picture_that_changed_after_it_was_counted(small_model, tmp_path):
+    processor = LongLLaVAImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_seq_length=4
+    )
+    Image.new("RGB", (48, 48)).save(tmp_path / "x.png")
+    lazy = processor(tmp_path / "x.png", lazy=True, patch_strategy="best_fit")["pixel_values"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    ids = torch.tensor([[7, *[5] * 4 * len(lazy), 9]])
+    with pytest.raises(ValueError, match=r"`pixel_values` should hold 10 pictures, but 2 came"):
+        small_model.generate(ids, pixel_values=lazy, max_new_tokens=2)
+
+
 @torch.no_grad()
 def test_long_prompts_are_read_in_chunks(small_model, monkeypatch):
     monkeypatch.setattr("longllava_hf.modeling_longllava.PREFILL_CHUNK_SIZE", 16)

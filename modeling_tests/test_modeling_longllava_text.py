@@ -346,11 +346,10 @@ def test_the_collator_that_packs(model):
 
 
 def test_packed_sequences_stand_alone(model, ids):
-    cache = DynamicCache(config=model.config)
     assert model(ids, **packed_arguments("position_ids")).past_key_values is None
-    model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="cannot be combined with a cache of 50 tokens"):
-        model(ids[:1], past_key_values=cache, **packed_arguments("seq_idx"))
+    for cache in (DynamicCache(config=model.config), model(ids[:1]).past_key_values):
+        with pytest.raises(ValueError, match="cannot be combined with a cache"):
+            model(ids[:1], past_key_values=cache, **packed_arguments("seq_idx"))
     mask = torch.ones_like(ids)
     torch.testing.assert_close(
         model(ids, attention_mask=mask, **packed_arguments("seq_idx")).logits,
@@ -359,6 +358,27 @@ def test_packed_sequences_stand_alone(model, ids):
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="cannot be combined with padding"):
         model(ids, attention_mask=mask, **packed_arguments("seq_idx"))
+
+
+def test_positions_are_only_positions_where_there_is_a_mask_or_a_cache(model, ids):
+    expected = model(ids).logits
+    for cache in (None, DynamicCache(config=model.config)):
+        mask = torch.ones_like(ids) if cache is None else None
+        outputs = model(ids, attention_mask=mask, past_key_values=cache, **packed_arguments("position_ids"))
+        torch.testing.assert_close(outputs.logits, expected)
+    said = model.generate(ids, max_new_tokens=3, do_sample=False)
+    positions = packed_arguments("position_ids")["position_ids"].expand(2, -1)
+    assert torch.equal(model.generate(ids, position_ids=positions, max_new_tokens=3, do_sample=False), said)
+
+
+@torch.no_grad()
+def test_autocast_continues_what_was_begun_without(model, ids):
+    expected = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :30], past_key_values=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids[:, 30:], past_key_values=cache).logits
+    assert (found.float() - expected[:, 30:]).abs().mean() < 0.02 * expected.abs().max()
 
 
 # The token loop

@@ -239,6 +239,39 @@ def test_a_step_of_minus_infinity_is_none(implementation):
     assert not found["gradient of delta"][..., 10:].any()
 
 
+@pytest.mark.parametrize("length", [1, 70])
+def test_autocast_changes_nothing(length):
+    inputs = make_inputs(length=length)
+    expected = results(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(inputs)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0), (0, 0)])
+def test_nothing_to_scan(batch, length, implementation):
+    inputs = make_inputs(batch=batch, length=length, device=DEVICE)
+    y, state = selective_scan(**inputs, return_final_state=True, implementation=implementation)
+    assert y.shape == (batch, 6, length) and torch.equal(state, inputs["initial_state"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wanted", [("u",), ("A", "C"), ("initial_state",), ("delta_bias", "z")])
+def test_gradients_of_some_inputs(implementation, wanted):
+    inputs = make_inputs(length=33, device=DEVICE)
+    expected = results(inputs, implementation="reference")
+    leaves = {k: v.requires_grad_(k in wanted) for k, v in inputs.items()}
+    y, state = selective_scan(**leaves, delta_softplus=True, return_final_state=True, implementation=implementation)
+    weight = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view_as(y)
+    ((y.double() * weight).sum() + state.double().sin().sum()).backward()
+    for name, leaf in leaves.items():
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, expected[f"gradient of {name}"], rtol=1e-4, atol=1e-4)
+        else:
+            assert leaf.grad is None
+
+
 def test_memory_does_not_grow_with_the_states(monkeypatch):
     """What autograd keeps for a long sequence is far less than one state for each token."""
     monkeypatch.undo()
@@ -262,6 +295,8 @@ def test_the_dispatcher(monkeypatch):
         choose_scan(u, requested="x")
     with pytest.raises(ValueError, match="needs the package mamba-ssm"):
         choose_scan(u, requested="mamba_ssm")
+    with pytest.raises(ValueError, match="float32, but the input is float64"):
+        choose_scan(u.double(), requested="triton")
     monkeypatch.setattr(selective_scan_longllava, "is_installed", lambda package: True)
     on_a_gpu = types.SimpleNamespace(
         is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, is_meta=False, shape=u.shape

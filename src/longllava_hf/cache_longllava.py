@@ -22,6 +22,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 # What a file of a kept context calls itself.
 _FORMAT, _VERSION = "longllava_cache", "1"
 
+# What a context knows of its inputs.
+_KNOWN = ("input_ids", "attention_mask", "image_sums")
+
 # Settings that change how a model computes, but not what.
 _RUNTIME_SETTINGS = {
     "scan_implementation",
@@ -82,7 +85,8 @@ class PreallocatedLayer(DynamicLayer):
         """As [`DynamicLayer.reset`]: empty, on every Transformers release."""
         self.rooms = {}
         if self.is_initialized:
-            self.lazy_initialization(self.keys, self.values)
+            keys: Any = self.keys
+            self.lazy_initialization(keys, keys)
 
 
 def make_room(cache: Cache, capacity: int) -> None:
@@ -125,6 +129,11 @@ def all_or_nothing(cache: Cache | None):
         raise
 
 
+def cache_rows(cache: Cache) -> int:
+    """How many sequences a cache holds; 0 if it is empty."""
+    return next((x.shape[0] for layer in cache.layers for _, x in _tensors_of(layer)), 0)
+
+
 class LongLLaVACache(DynamicCache):
     r"""
     A cache that knows what is in it, and can be kept in a file.
@@ -136,7 +145,8 @@ class LongLLaVACache(DynamicCache):
         input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the tokens it holds, so that inputs which
             repeat them can be told from inputs which continue them.
         attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 for padding among them.
-        inputs_digest (`str`): what was read, tokens and pictures, as a hash.
+        image_sums (`torch.Tensor` of shape `(image tokens,)`, *optional*): of the features of each image token, which tell
+            pictures apart and are a thousandth of them.
         notes (`dict`): anything, in JSON's terms.
     """
 
@@ -145,8 +155,22 @@ class LongLLaVACache(DynamicCache):
         make_room(self, 0)
         self.input_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
-        self.inputs_digest = ""
+        self.image_sums: torch.Tensor | None = None
         self.notes: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.input_ids = self.attention_mask = self.image_sums = None
+        self.notes = {}
+
+    @property
+    def inputs_digest(self) -> str:
+        """What was read, tokens and pictures, as a hash."""
+        digest = hashlib.sha256()
+        for tensor in (getattr(self, name) for name in _KNOWN):
+            digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def is_repeated_by(self, input_ids: torch.Tensor) -> bool:
         """Whether inputs begin with what is in here, and go on."""
@@ -174,24 +198,60 @@ class LongLLaVACache(DynamicCache):
             input_ids = torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1)
         self.input_ids = input_ids
         self.attention_mask = None if mask.all() else mask
-        digest = hashlib.sha256(self.inputs_digest.encode())
-        digest.update(input_ids.cpu().numpy().tobytes())
         if image_features is not None:
-            # One sum for each image token tells pictures apart, and is a thousandth of them.
-            digest.update(image_features.float().sum(-1).cpu().numpy().tobytes())
-        self.inputs_digest = digest.hexdigest()
+            sums = image_features.detach().float().sum(-1)
+            known = self.image_sums
+            is_image_repeated = (
+                known is not None and len(sums) > len(known) and self._are_same(sums[: len(known)], known)
+            )
+            self.image_sums = sums if known is None or is_image_repeated else torch.cat([known.to(sums.device), sums])
 
-    def note_answer(self, sequences: torch.Tensor | None, image_features: torch.Tensor | None) -> None:
-        """Remember what `generate` has read and written, if that is known: all but the last token is in here."""
-        length = self.get_seq_length()
-        before = self.input_ids
-        if sequences is not None and before is not None and not self.is_repeated_by(sequences):
-            same_rows = before.shape[0] == sequences.shape[0]
-            sequences = torch.cat([before.to(sequences.device), sequences], dim=1) if same_rows else None
-        if sequences is None or sequences.shape[1] < length or self.attention_mask is not None:
-            self.input_ids = self.attention_mask = None
-        else:
-            self.note_inputs(sequences[:, :length], image_features)
+    @staticmethod
+    def _are_same(sums: torch.Tensor, known: torch.Tensor) -> bool:
+        """Whether they are of the same pictures: encoded again, in other batches, they differ by rounding."""
+        known = known.to(sums.device)
+        spread = (known - known.mean()).abs().mean()
+        return sums.shape == known.shape and bool(
+            (sums - known).abs().mean() <= 0.1 * spread + 1e-6 * known.abs().mean()
+        )
+
+    def check_images(self, image_features: torch.Tensor) -> None:
+        """Raises `ValueError` if pictures that are given once more, `(image tokens, hidden_size)`, are not those in here."""
+        if self.image_sums is None or len(image_features) != len(self.image_sums):
+            return
+        if not self._are_same(image_features.float().sum(-1), self.image_sums):
+            raise ValueError(
+                "The inputs repeat the context's tokens, but not its pictures: give it those it was made of, or only new"
+                " ones, or read the others into a context of their own."
+            )
+
+    def note_answer(
+        self,
+        input_ids: torch.Tensor | None,
+        sequences: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Remember what `generate` has read and written: all but the last token is in here.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): what it was given; nothing is known any more
+                where that is not known.
+            sequences (`torch.Tensor` of shape `(batch, length + answer)`): what it returned.
+            image_features (`torch.Tensor`, *optional*): of the pictures it was given.
+            attention_mask (`torch.Tensor`, *optional*): of the inputs, or of what was there before too.
+        """
+        if input_ids is None or sequences.shape[0] != input_ids.shape[0]:
+            self.input_ids = self.attention_mask = self.image_sums = None
+            return
+        before = 0 if self.input_ids is None or self.is_repeated_by(sequences) else self.input_ids.shape[1]
+        sequences = sequences[:, : self.get_seq_length() - before]
+        if attention_mask is not None:  # what was generated are tokens
+            is_of_all = attention_mask.shape[1] > input_ids.shape[1]
+            missing = sequences.shape[1] + (before if is_of_all else 0) - attention_mask.shape[1]
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing), value=1)
+        self.note_inputs(sequences, image_features, attention_mask)
 
     def save(self, file: str | os.PathLike, model: nn.Module, processor: Any = None) -> None:
         """
@@ -208,7 +268,7 @@ class LongLLaVACache(DynamicCache):
         if self.get_seq_length() == 0:
             raise ValueError("The context is empty: 0 tokens were read, and there is nothing to keep.")
         tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in _tensors_of(layer)}
-        for name in ("input_ids", "attention_mask"):
+        for name in _KNOWN:
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
         metadata = {
@@ -263,10 +323,10 @@ class LongLLaVACache(DynamicCache):
         except SafetensorError as error:
             raise OSError(f"The context `{file}` is damaged or truncated: {error}") from error
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        for name in ("input_ids", "attention_mask"):
+        for name in _KNOWN:
             if name in tensors:
                 setattr(cache, name, tensors.pop(name).to(device))
-        cache.inputs_digest, cache.notes = metadata["inputs"], json.loads(metadata["notes"])
+        cache.notes = json.loads(metadata["notes"])
         for i, layer in enumerate(cache.layers):
             prefix = f"layers.{i}."
             mine = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -313,7 +373,8 @@ def context_metadata(file: str | os.PathLike) -> dict[str, str] | None:
 
 def _settings(config: Any) -> dict[str, Any]:
     """What a configuration's own class adds to those of all models, without what does not change results."""
-    names = sorted(set(type(config).__annotations__) - _RUNTIME_SETTINGS)
+    classes = [c for c in type(config).__mro__ if issubclass(c, PreTrainedConfig) and c is not PreTrainedConfig]
+    names = sorted({name for c in classes for name in vars(c).get("__annotations__", {})} - _RUNTIME_SETTINGS)
     return {name: repr(getattr(config, name, None)) for name in names}
 
 
@@ -326,7 +387,9 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.numel() and not tensor.is_meta:
-            values = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
+            # Spread over rows and columns alike, whatever their number.
+            places = torch.arange(256, device=tensor.device) * 2_654_435_761 % tensor.numel()
+            values = tensor.detach().flatten()[places]
             digest.update(values.cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
@@ -356,6 +419,7 @@ __all__ = [
     "LongLLaVACache",
     "PreallocatedLayer",
     "all_or_nothing",
+    "cache_rows",
     "context_metadata",
     "make_room",
     "model_fingerprint",

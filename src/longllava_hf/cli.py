@@ -218,6 +218,8 @@ def ask(arguments: argparse.Namespace) -> None:
     *paths, question = arguments.inputs
     if arguments.keep is not None and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.keep))):
         raise OSError(f"The folder of `{arguments.keep}` does not exist.")
+    if arguments.keep is not None and os.path.exists(arguments.keep) and context_metadata(arguments.keep) is None:
+        raise ValueError(f"`{arguments.keep}` exists and is no kept context, so it is not written over.")
     context, visuals = open_inputs(paths, arguments)
     session = Session(arguments, context)
     if arguments.keep is not None:

@@ -120,7 +120,7 @@ def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
     name = name or f"The picture ({describe_source(source)})"
     if isinstance(source, (str, os.PathLike, bytes, bytearray)):
         with _open_picture(source, name) as image:
-            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size if lies_on_its_side else image.size[::-1]
     picture = load_picture(source, name)
     if isinstance(picture, Image.Image):
@@ -338,7 +338,7 @@ class LazyPixelValues:
     """
     The `pixel_values` of pictures that are decoded when they are needed, in threads, while the model works on those
     before them: what [`LongLLaVAImageProcessor`] returns with `lazy=True`. `generate` and `prefill` take it as it is;
-    [`~LazyPixelValues.load`] makes a tensor of it. Iterating again decodes again.
+    [`~LazyPixelValues.load`] makes a tensor of it. Each use decodes again.
 
     Args:
         items (`list`): pictures and films, each with whether only the whole of it is wanted.
@@ -378,7 +378,7 @@ class LazyPixelValues:
 
     def load(self) -> torch.Tensor:
         """All of them, `(tiles, 3, height, width)`."""
-        return torch.cat(list(self.split(max(1, len(self)))))
+        return torch.cat(list(self.split(len(self)))) if len(self) else torch.empty(self.shape)
 
 
 def _workers() -> int:
@@ -545,6 +545,8 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         data: dict[str, Any]
         crop_size, has_grids = settings["crop_size"], settings["patch_strategy"] == "best_fit"
         if lazy:
+            if not settings["do_center_crop"]:
+                raise ValueError("`lazy=True` needs `do_center_crop=True`: sizes must be known before pictures are.")
             grids = []
             for number, (item, whole_only) in enumerate(items):
                 if isinstance(item, VideoFile) or whole_only or not has_grids:

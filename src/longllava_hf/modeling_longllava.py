@@ -4,6 +4,7 @@ LongLLaVA (arXiv 2409.02889): a vision tower whose patches are pooled to a quart
 decoder may be any that Transformers knows; LongLLaVA's own is in `modeling_longllava_text`.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .cache_longllava import LongLLaVACache, all_or_nothing, make_room
+from .cache_longllava import LongLLaVACache, all_or_nothing, cache_rows, make_room
 from .configuration_longllava import LongLLaVAConfig
 from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
@@ -288,6 +289,25 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         )
 
 
+def _check_padding(attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError(
+            "A context's prompts of different length must be padded on the left: each must end with a token."
+        )
+
+
+class _NeverSaid(LogitsProcessor):
+    """A token that is never generated."""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.token_id < scores.shape[-1]:
+            scores = scores.index_fill(-1, torch.tensor([self.token_id], device=scores.device), float("-inf"))
+        return scores  # type: ignore[return-value]
+
+
 def _as_encoder_outputs(features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
     """Image tokens in the form that `mm_encoder_outputs` has."""
     return {"image": BaseModelOutputWithPooling(pooler_output=[features])}  # type: ignore[arg-type]
@@ -410,9 +430,12 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         - `past_key_values` may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
           goes wrong, or is interrupted, it is left as it was.
         """
+        kwargs.update(zip(list(inspect.signature(GenerationMixin.generate).parameters)[1:], args))
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
-        cache = kwargs.get("past_key_values")
+        cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, LongLLaVACache):
+            _check_padding(attention_mask)
         was_empty = cache is not None and cache.get_seq_length() == 0
         with all_or_nothing(cache):
             with torch.no_grad():
@@ -425,16 +448,15 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
             elif features is not None:
                 kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
-            if self.config.image_token_id < self.config.get_text_config().vocab_size:
-                # Said, the placeholder would stand for a picture that is not there.
-                config = kwargs.get("generation_config") or self.generation_config
-                suppressed = kwargs.get("suppress_tokens") or getattr(config, "suppress_tokens", None) or []
-                kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-            outputs = super().generate(*args, **kwargs)
+            # Said, the placeholder would stand for a picture that is not there.
+            never = _NeverSaid(self.config.image_token_id)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), never])
+            outputs = super().generate(**kwargs)
             if isinstance(cache, LongLLaVACache):
                 sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-                known = was_empty or cache.input_ids is not None
-                cache.note_answer(sequences if known and inputs_embeds is None else None, features)
+                known = inputs_embeds is None and (was_empty or cache.input_ids is not None)
+                input_ids = kwargs.get("input_ids", kwargs.get("inputs")) if known else None
+                cache.note_answer(input_ids, sequences, features, attention_mask)
         return outputs
 
     @torch.no_grad()
@@ -464,8 +486,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         Raises:
             ValueError: as `forward`, or if there is nothing to read. The context is then as it was.
         """
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("Prompts of different length must be padded on the left, so that all end with a token.")
+        _check_padding(attention_mask)
         cache = LongLLaVACache(config=self.config) if past_key_values is None else past_key_values
         model_kwargs = {
             "pixel_values": pixel_values,
@@ -505,6 +526,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
             features[done : done + len(batch)] = encoded
             done += len(batch)
+        if done != len(pixel_values):
+            raise ValueError(f"`pixel_values` should hold {len(pixel_values)} pictures, but {done} came.")
         return features.flatten(0, 1)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -524,6 +547,18 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if features is not None:
             model_kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
         return input_ids, model_kwargs
+
+    @staticmethod
+    def _place_after(model_kwargs: dict[str, Any], attention_mask, past_length: int, length: int) -> None:
+        """`generate` counts from 0 where inputs are only what is new; decoders that embed positions go on from the past."""
+        position_ids = model_kwargs.get("position_ids")
+        if not past_length or position_ids is None or position_ids.shape[-1] != length or position_ids.min() > 0:
+            return
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            positions = torch.arange(past_length + length, device=position_ids.device)[None]
+        model_kwargs["position_ids"] = positions.expand(position_ids.shape[0], -1)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """
@@ -554,12 +589,16 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             if attention_mask is not None and attention_mask.shape[1] < total:
                 attention_mask = torch.cat([cache.mask_of(attention_mask), attention_mask], dim=1)
                 model_kwargs["attention_mask"] = attention_mask
-                if model_kwargs.get("position_ids") is not None:
-                    model_kwargs["position_ids"] = model_kwargs["position_ids"] + total - length
         if length <= start:
             raise ValueError(
                 f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."
             )
+        if past_length and cache_rows(cache) != sequence.shape[0]:
+            raise ValueError(
+                f"The cache holds {cache_rows(cache)} sequences, but {sequence.shape[0]} are to be continued (beams and"
+                " `num_return_sequences` are sequences, too)."
+            )
+        self._place_after(model_kwargs, attention_mask, past_length if start == 0 else 0, length)
         if attention_mask is not None and attention_mask.all():
             # Said once, so that nobody looks at it for every token.
             attention_mask = None
@@ -582,6 +621,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             if int(is_image.sum()) != features.shape[0]:  # then they must be those of the new part alone
                 is_image[:, :start] = False
             _check_image_tokens(is_image, features)
+            if isinstance(cache, LongLLaVACache) and len(is_image) == 1:
+                cache.check_images(features[: int(is_image[:, :start].sum())])
             row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
 
         if getattr(generation_config, "num_beams", 1) in (None, 1):  # beams are reordered, which is a copy anyway

@@ -172,6 +172,7 @@ def causal_attention(
         bias = None if query.is_meta else causal_lower_right(length, past + length)
         return attend(query, key, value, attn_mask=bias, enable_gqa=heads > kv_heads, **options)
     # To the past without a mask, to themselves causally; then both are weighed by the sums they were divided by.
+    key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast, a cache may be wider
     packed = query.reshape(batch, kv_heads, -1, head_dim)
     before, sum_before = _attention_and_logsumexp(packed, key[:, :, :past], value[:, :, :past], scaling)
     key, value = (repeat_kv(x[:, :, past:], heads // kv_heads) for x in (key, value))
@@ -530,7 +531,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, past_length: int, kwargs: dict[str, Any]):
+    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs: dict[str, Any]):
         """Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one."""
         batch, length = inputs_embeds.shape[:2]
         seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
@@ -538,11 +539,12 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             places = torch.arange(length, device=bounds.device)
             seq_idx = torch.searchsorted(bounds[1:].contiguous(), places.to(bounds.dtype), right=True)[None]
         if seq_idx is None:
-            if position_ids is None or attention_mask is not None or past_length or is_torchdynamo_compiling():
+            is_told = position_ids is not None and attention_mask is None and past_key_values is None
+            if not is_told or is_torchdynamo_compiling():
                 return None
             return find_packed_sequence_indices(position_ids.expand(batch, -1))
-        if past_length or (attention_mask is not None and not attention_mask.all()):
-            what = f"a cache of {past_length} tokens" if past_length else "padding"
+        if past_key_values is not None or (attention_mask is not None and not attention_mask.all()):
+            what = "padding" if past_key_values is None else "a cache"
             raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
         return seq_idx.to(inputs_embeds.device).expand(batch, -1)
 
@@ -583,7 +585,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; or for packed sequences with
-                padding, or that would continue a cache.
+                padding or with a cache.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -591,7 +593,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, past_length, kwargs)
+        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
         if seq_idx is not None:
             use_cache, attention_mask = False, None
             position_ids = _positions_in_sequences(seq_idx)

@@ -215,6 +215,11 @@ class _BlockedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, grad_final_state: torch.Tensor):
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return _BlockedScan._backward(ctx, grad_y, grad_final_state)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_y: torch.Tensor, grad_final_state: torch.Tensor):
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *starts = ctx.saved_tensors
         dtype = _state_dtype(u)
         (batch, channels, length), states = u.shape, A.shape[1]
@@ -590,6 +595,14 @@ def _no_data(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
     return y, final_state
 
 
+def _no_tokens(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+    """Nothing happens to the state."""
+    dtype = _state_dtype(u)
+    if initial_state is None:
+        initial_state = u.new_zeros(*u.shape[:2], A.shape[1], dtype=dtype)
+    return u, initial_state.to(dtype)
+
+
 _SCANS: dict[str, Callable] = {
     "reference": _reference_scan,
     "torch": _BlockedScan.apply,
@@ -625,6 +638,8 @@ def choose_scan(
         return "mamba_ssm"
     if requested == "mamba_ssm" and not is_installed("mamba_ssm"):
         raise ValueError('`scan_implementation="mamba_ssm"` needs the package mamba-ssm, which is not installed.')
+    if requested == "triton" and u.dtype == torch.float64:
+        raise ValueError('`scan_implementation="triton"` computes in float32, but the input is float64.')
     if requested == "triton" and triton is None:
         raise ValueError('`scan_implementation="triton"` needs the package triton, which is not installed.')
     if requested in ("reference", "torch", "triton"):
@@ -668,15 +683,25 @@ def selective_scan(
 
     Returns:
         `torch.Tensor` of shape `(b, d, l)` in `u`'s dtype; with `return_final_state`, also the final state
-        `(b, d, n)` in float32 (float64 for float64 inputs).
+        `(b, d, n)` in float32 (float64 for float64 inputs). Gradients have no gradients of their own.
+
+    Raises:
+        ValueError: as [`choose_scan`].
     """
     name = choose_scan(u, initial_state is not None, seq_idx is not None, implementation)
     scan = _SCANS[name]
     if u.is_meta:
         scan = _no_data
+    elif u.numel() == 0:
+        scan = _no_tokens
     elif u.shape[-1] == 1 and name == "torch":
         scan = _one_token
-    y, final_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
+    if not u.is_meta and torch.is_autocast_enabled(u.device.type):
+        with torch.autocast(u.device.type, enabled=False):  # states are float32, whatever surrounds them
+            y, final_state = scan(*arguments)
+    else:
+        y, final_state = scan(*arguments)
     return (y, final_state) if return_final_state else y
 
 
