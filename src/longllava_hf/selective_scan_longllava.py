@@ -97,6 +97,14 @@ def selective_scan_reference(
     return (y, state) if return_final_state else y
 
 
+def _time_first(x: torch.Tensor) -> torch.Tensor:
+    """`(b, c, l)` as `(l, b, c)`, in memory too."""
+    if x.stride(1) == 1:  # as a linear layer leaves it
+        return x.permute(2, 0, 1).contiguous()
+    # PyTorch transposes by tiles that suit the cache, but only whole matrices.
+    return torch.stack([matrix.contiguous().t().contiguous() for matrix in x], dim=1)
+
+
 class _Block:
     """
     One block of tokens for some of the channels, time first: `(l, b, d)`, and `(l, b, n, d)` where there are states.
@@ -115,7 +123,7 @@ class _Block:
 
         def take(name: str) -> torch.Tensor:
             x = tensors[name][:, channels if name in ("u", "delta", "z") else slice(None), tokens]
-            return x.permute(2, 0, 1).to(dtype).contiguous()
+            return _time_first(x).to(dtype)
 
         self.u, self.B, self.C = take("u"), take("B").unsqueeze(-1), take("C").unsqueeze(-1)
         self.A = tensors["A"][:, channels]  # (n, d)
@@ -131,26 +139,26 @@ class _Block:
         if tensors["anew"] is not None:
             self.carries_on = ~tensors["anew"][:, tokens].T[:, :, None, None]
 
-    def buffer(self, number: int) -> torch.Tensor:
+    def buffer(self, number: int, tokens: slice = slice(None)) -> torch.Tensor:
         """A piece of the scratch memory, `(l, b, n, d)`: to allocate it anew would cost more than to fill it."""
-        shape = (*self.dt.shape[:2], *self.A.shape)
+        shape = (*self.dt[tokens].shape[:2], *self.A.shape)
         return self.scratch[number, : math.prod(shape)].view(shape)
 
-    def states(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The decay of each token and the state after it, from the state `(b, n, d)` before the first."""
-        decay, states = (self.buffer(i) for i in range(2))
-        torch.mul(self.dt.unsqueeze(2), self.A, out=decay).exp_()
+    def states(self, state: torch.Tensor, tokens: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decay of each of these tokens and the state after it, from the state `(b, n, d)` before the first."""
+        decay, states = (self.buffer(i, tokens) for i in range(2))
+        torch.mul(self.dt[tokens].unsqueeze(2), self.A, out=decay).exp_()
         if self.carries_on is not None:
-            decay *= self.carries_on
-        torch.mul(self.drive.unsqueeze(2), self.B, out=states)
+            decay *= self.carries_on[tokens]
+        torch.mul(self.drive[tokens].unsqueeze(2), self.B[tokens], out=states)
         for decay_t, state_t in zip(decay.unbind(0), states.unbind(0)):
             state = state_t.addcmul_(decay_t, state)
         return decay, states
 
-    def read(self, states: torch.Tensor) -> torch.Tensor:
+    def read(self, states: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
         """The output `(l, b, d)`, not yet gated."""
-        y = (self.C.transpose(2, 3) @ states).squeeze(2)
-        return y if self.D is None else y.addcmul_(self.u, self.D)
+        y = (self.C[tokens].transpose(2, 3) @ states).squeeze(2)
+        return y if self.D is None else y.addcmul_(self.u[tokens], self.D)
 
     def gated(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.z is None else y.mul_(F.silu(self.z))
@@ -188,6 +196,8 @@ class _BlockedScan(torch.autograd.Function):
         (batch, channels, length), states = u.shape, A.shape[1]
         tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         group, block = _block_sizes(batch, channels, states, length)
+        # Rows of memory are turned into rows of time for several blocks at once, a cache line being many tokens.
+        stretch = block * max(1, _LONGEST_BLOCK // block)
         scratch = u.new_empty(2, block * batch * states * group, dtype=dtype)
         y = torch.empty_like(u)
         final_state = u.new_empty(batch, channels, states, dtype=dtype)
@@ -198,14 +208,18 @@ class _BlockedScan(torch.autograd.Function):
                 state = u.new_zeros(batch, states, min(group, channels - first), dtype=dtype)
             else:
                 state = initial_state[:, part].to(dtype).transpose(1, 2).contiguous()
-            for start in range(0, length, block):
-                tokens = slice(start, start + block)
-                if any(ctx.needs_input_grad):
-                    starts.append(state)
+            for start in range(0, length, stretch):
+                tokens = slice(start, start + stretch)
                 now = _Block(tensors, tokens, part, delta_softplus, scratch)
-                all_states = now.states(state)[1]
-                y[:, part, tokens] = now.gated(now.read(all_states)).permute(1, 2, 0)
-                state = all_states[-1].clone()
+                output = torch.empty_like(now.u)
+                for first_token in range(0, len(output), block):
+                    if any(ctx.needs_input_grad):
+                        starts.append(state)
+                    inner = slice(first_token, first_token + block)
+                    all_states = now.states(state, inner)[1]
+                    output[inner] = now.read(all_states, inner)
+                    state = all_states[-1].clone()
+                y[:, part, tokens] = now.gated(output).permute(1, 2, 0)
             final_state[:, part] = state.transpose(1, 2)
         if starts:
             ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *starts)
