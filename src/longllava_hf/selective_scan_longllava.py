@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .grouped_linear_longllava import has_triton_kernels
+from .grouped_linear_longllava import has_triton_kernels, planned_device
 
 
 try:
@@ -102,7 +102,8 @@ def _time_first(x: torch.Tensor) -> torch.Tensor:
     if x.stride(1) == 1:  # as a linear layer leaves it
         return x.permute(2, 0, 1).contiguous()
     # PyTorch transposes by tiles that suit the cache, but only whole matrices.
-    return torch.stack([matrix.contiguous().t().contiguous() for matrix in x], dim=1)
+    matrices = [matrix.contiguous().t().contiguous() for matrix in x]
+    return matrices[0].unsqueeze(1) if len(matrices) == 1 else torch.stack(matrices, dim=1)
 
 
 class _Block:
@@ -755,6 +756,17 @@ def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: boo
     )
 
 
+def _convolve_time_first(x: torch.Tensor, conv1d: torch.nn.Conv1d, past: torch.Tensor) -> torch.Tensor:
+    """On a CPU, tap by tap over rows of channels, as they come from and go to linear layers and the scan."""
+    length = x.shape[-1]
+    inputs = torch.cat([past.transpose(1, 2), x.transpose(1, 2)], dim=1)
+    taps = conv1d.weight[:, 0].unbind(-1)
+    y = inputs[:, :length] * taps[0]
+    for tap, weight in enumerate(taps[1:], 1):
+        y.addcmul_(inputs[:, tap : tap + length], weight)
+    return (y if conv1d.bias is None else y.add_(conv1d.bias)).transpose(1, 2)
+
+
 def causal_conv1d(
     x: torch.Tensor,
     conv1d: torch.nn.Conv1d,
@@ -766,8 +778,8 @@ def causal_conv1d(
 
     Args:
         x (`torch.Tensor` of shape `(b, d, l)`): input.
-        conv1d (`torch.nn.Conv1d`): the convolution, `k` wide, without padding. Where causal-conv1d is not installed, the
-            module is called and its weight not read, so that hooks (adapters) see it.
+        conv1d (`torch.nn.Conv1d`): the convolution, `k` wide, without padding. If it is of another class, which an
+            adapter or a quantiser put in its place, it is called and its weight not read.
         initial_state (`torch.Tensor` of shape `(b, d, k)`, *optional*): the `k` inputs before `x`, zero if not given.
         seq_idx (`torch.Tensor` of shape `(b, l)`, *optional*): number of the sequence that each token belongs to;
             nothing before the first token of a sequence is seen. `initial_state` belongs to the first.
@@ -788,6 +800,9 @@ def causal_conv1d(
     if past is None:
         past = x.new_zeros(*x.shape[:2], width - 1)
     if seq_idx is None:
+        kind = planned_device.get() if x.is_meta else x.device.type
+        if kind == "cpu" and x.dtype in (torch.float32, torch.float64) and type(conv1d) is torch.nn.Conv1d:
+            return _convolve_time_first(x, conv1d, past)
         return conv1d(torch.cat([past, x], dim=-1))
     # Sequences are moved apart, so that each has zeros before it, and their outputs gathered.
     place = torch.arange(x.shape[-1], device=x.device) + (width - 1) * (1 + _starts_anew(seq_idx).cumsum(-1))
