@@ -18,10 +18,10 @@ from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
 from longllava_hf import LongLLaVACache, LongLLaVAForCausalLM
 from longllava_hf.cache_longllava import make_room
+from longllava_hf.modeling_longllava import default_chunk_size
 
 
 PEER = "Transformers' Jamba"
-CHUNK = 4096
 RELATIVE = "time / Jamba's shortest"
 
 
@@ -53,7 +53,7 @@ def prefill(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return model(ids, past_key_values=cache, logits_to_keep=1).logits, cache
     cache = LongLLaVACache(config=model.config)
     make_room(cache, ids.shape[1] + 256)
-    for chunk in ids.split(CHUNK, dim=1):
+    for chunk in ids.split(default_chunk_size("cpu"), dim=1):
         logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
     return logits, cache
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAImageProcessor, LongLLaVAModel
 from longllava_hf.convert import convert_checkpoint
-from longllava_hf.modeling_longllava import pool_patches
+from longllava_hf.modeling_longllava import PREFILL_CHUNK_SIZES, pool_patches
 
 from .conftest import KINDS, golden, golden_images, published, small_config
 
@@ -327,7 +327,7 @@ def test_a_picture_that_changed_after_it_was_counted(small_model, tmp_path):
 
 @torch.no_grad()
 def test_long_prompts_are_read_in_chunks(small_model, monkeypatch):
-    monkeypatch.setattr("longllava_hf.modeling_longllava.PREFILL_CHUNK_SIZE", 16)
+    monkeypatch.setitem(PREFILL_CHUNK_SIZES, "cpu", 16)
     ids = torch.randint(6, 120, (1, 50), generator=torch.Generator().manual_seed(0))
     lengths, logits = [], []
     hook = small_model.model.language_model.register_forward_pre_hook(

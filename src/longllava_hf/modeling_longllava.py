@@ -27,8 +27,8 @@ from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
 
 
-# Tokens of a prompt that are read at a time, unless told: enough to keep a GPU busy.
-PREFILL_CHUNK_SIZE = 4096
+# Tokens of a prompt that are read at a time, unless told: enough to keep a device busy.
+PREFILL_CHUNK_SIZES = {"cpu": 1024, "cuda": 4096}
 # Positions beyond the prompt that a cache has room for at first.
 _ROOM_FOR_AN_ANSWER = 1024
 
@@ -289,6 +289,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         )
 
 
+def default_chunk_size(device: str) -> int:
+    """Tokens of a prompt that are read at a time on such a device, unless told."""
+    return PREFILL_CHUNK_SIZES.get(device, PREFILL_CHUNK_SIZES["cuda"])
+
+
 def _check_padding(attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError(
@@ -426,7 +431,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
 
         - `pixel_values` may be a [`LazyPixelValues`], whose pictures are decoded while those before are encoded;
           `pixel_values=None` means that there are none. The tower sees `config.vision_batch_size` at a time.
-        - a prompt is read in chunks of `prefill_chunk_size` tokens (4,096 by default).
+        - a prompt is read in chunks of `prefill_chunk_size` tokens (by default 4,096, on a CPU 1,024).
         - `past_key_values` may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
           goes wrong, or is interrupted, it is left as it was.
         """
@@ -477,7 +482,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 comes after it, or all of it again.
             pixel_values, attention_mask, mm_encoder_outputs: as for [`~LongLLaVAForConditionalGeneration.forward`].
             past_key_values ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
-            prefill_chunk_size (`int`, *optional*): tokens to read at a time (4,096 by default).
+            prefill_chunk_size (`int`, *optional*): tokens to read at a time (by default 4,096, on a CPU
+                1,024).
 
         Returns:
             [`LongLLaVACache`]: for `generate(past_key_values=...)`, which adds to it; `copy.deepcopy` branches it. It can
@@ -628,7 +634,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if getattr(generation_config, "num_beams", 1) in (None, 1):  # beams are reordered, which is a copy anyway
             room = min(getattr(generation_config, "max_length", None) or length, length + _ROOM_FOR_AN_ANSWER)
             make_room(cache, past_length - start + room)
-        step = generation_config.prefill_chunk_size or PREFILL_CHUNK_SIZE
+        step = generation_config.prefill_chunk_size or default_chunk_size(sequence.device.type)
         progress = logging.tqdm(
             total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length - start
         )

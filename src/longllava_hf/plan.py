@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .cache_longllava import PreallocatedLayer, make_room
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
-from .modeling_longllava import PREFILL_CHUNK_SIZE, LongLLaVAForConditionalGeneration
+from .modeling_longllava import LongLLaVAForConditionalGeneration, default_chunk_size
 from .quantization_longllava import (
     BITS,
     LongLLaVAInt8Config,
@@ -155,7 +155,7 @@ class MemoryPlanner:
         dtype (`torch.dtype`): of whatever is not quantised.
         memory (`int`): bytes of the device; 80 GB are 80e9.
         max_new_tokens (`int`): tokens to generate.
-        prefill_chunk_size (`int`): tokens of the prompt that are read at a time.
+        prefill_chunk_size (`int`, *optional*): tokens of the prompt that are read at a time; `generate`'s default.
         device (`"cuda"` or `"cpu"`): they differ in kernels.
 
     Raises:
@@ -169,13 +169,15 @@ class MemoryPlanner:
         dtype: torch.dtype = torch.bfloat16,
         memory: int = int(80e9),
         max_new_tokens: int = 256,
-        prefill_chunk_size: int = PREFILL_CHUNK_SIZE,
+        prefill_chunk_size: int | None = None,
         device: str = "cuda",
     ):
         if quantization is None:
             quantization = bits_of(stored_quantization(config))
         if quantization not in BITS:
             raise ValueError(f"`quantization` must be one of {', '.join(BITS)}, but is {quantization!r}.")
+        if prefill_chunk_size is None:
+            prefill_chunk_size = default_chunk_size(device)
         if prefill_chunk_size < 1:
             raise ValueError(f"`prefill_chunk_size` must be at least 1, but is {prefill_chunk_size}.")
         if max_new_tokens < 0:
