@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 import longllava_hf
 from longllava_hf import TINY, cli
+from longllava_hf.image_processing_longllava import VideoFile
 
 from .conftest import small_config
 
@@ -44,6 +45,30 @@ def test_a_film(capsys):
     result = ask(FILM, "Which digit appears in this film?", capsys=capsys)
     assert result["answer"] == FILM_DIGIT
     assert result["files"][0]["kind"] == "video" and result["files"][0]["frames"] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 499, 999])
+def test_a_digit_among_a_thousand_pictures(tiny_model, tiny_processor, place):
+    """Scenes of a film again and again, and one picture of another kind: read in chunks, and in one."""
+    scenes = [frame for i, frame in enumerate(VideoFile(FILM)) if i != 41]  # the 42nd is a digit itself
+    pictures = [scenes[i % len(scenes)] for i in range(1000)]
+    pictures[place] = DIGITS["seven"]
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    content.append({"type": "text", "text": "Which digit appears in these pictures?"})
+    inputs = tiny_processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"lazy": True},
+    )
+    length = inputs["input_ids"].shape[1]
+    assert length > 7000
+    for chunk in (None, length):
+        output = tiny_model.generate(**inputs, max_new_tokens=3, do_sample=False, prefill_chunk_size=chunk)
+        assert tiny_processor.decode(output[0, length:], skip_special_tokens=True).strip() == "7"
 
 
 def test_files_are_told_by_content(tmp_path, capsys):
