@@ -580,6 +580,11 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         length, past_length = sequence.shape[1], cache.get_seq_length()
+        if past_length and cache_rows(cache) != sequence.shape[0]:
+            raise ValueError(
+                f"The cache holds {cache_rows(cache)} sequences, but {sequence.shape[0]} are to be continued (beams and"
+                " `num_return_sequences` are sequences, too)."
+            )
         if attention_mask is not None:
             total = attention_mask.shape[1]
         else:
@@ -598,11 +603,6 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         if length <= start:
             raise ValueError(
                 f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."
-            )
-        if past_length and cache_rows(cache) != sequence.shape[0]:
-            raise ValueError(
-                f"The cache holds {cache_rows(cache)} sequences, but {sequence.shape[0]} are to be continued (beams and"
-                " `num_return_sequences` are sequences, too)."
             )
         self._place_after(model_kwargs, attention_mask, past_length if start == 0 else 0, length)
         if attention_mask is not None and attention_mask.all():
