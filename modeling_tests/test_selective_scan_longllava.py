@@ -154,21 +154,28 @@ def test_half_precision(dtype, implementation, length, batch):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_strides_do_not_matter(implementation):
-    """As the mixer has them: transposed views, the gate being half of a tensor."""
-    inputs = make_inputs(length=33, device=DEVICE)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_strides_do_not_matter(implementation, batch, monkeypatch):
+    """As the mixer has them: transposed views, the gate being half of a tensor. None of them is written to."""
+    monkeypatch.setattr(selective_scan_longllava, "_BUSY_STATES", 1 << 16)  # all channels at once: views of whole rows
+    inputs = make_inputs(batch=batch, length=33, device=DEVICE)
     expected = results(inputs, implementation=implementation)
     both = torch.cat([inputs["u"], inputs["z"]], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
     inputs["u"], inputs["z"] = both.chunk(2, dim=1)
     for name in ("delta", "B", "C"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     leaf = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    before = {k: v.clone() for k, v in inputs.items()}
     y, state = selective_scan(**leaf, delta_softplus=True, return_final_state=True, implementation=implementation)
     weight = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view(y.shape)
     ((y.double() * weight).sum() + state.double().sin().sum()).backward()
     found = {"y": y, "final_state": state, **{f"gradient of {k}": v.grad for k, v in leaf.items()}}
     for name in found:
         torch.testing.assert_close(found[name], expected[name])
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+    grad = torch.ones(y.shape, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
+    torch.autograd.grad(selective_scan(**leaf, delta_softplus=True, implementation=implementation), [leaf["u"]], grad)
+    assert torch.equal(grad, torch.ones_like(grad))
 
 
 @pytest.mark.parametrize("channels", [3, 17])

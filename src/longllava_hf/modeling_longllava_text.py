@@ -41,7 +41,7 @@ from .quantization_longllava import (
     scale_bytes,
     stored_quantization,
 )
-from .selective_scan_longllava import causal_conv1d, selective_scan
+from .selective_scan_longllava import causal_conv1d, selective_scan, starts_anew
 
 
 # What says where a configuration comes from.
@@ -512,8 +512,7 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
 def _positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
     """Each token's place in its sequence, from the number of that sequence; both `(batch, length)`."""
     places = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    begins = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
+    return places - torch.where(starts_anew(seq_idx), places, 0).cummax(dim=1).values
 
 
 class LongLLaVATextModel(LongLLaVATextPreTrainedModel):

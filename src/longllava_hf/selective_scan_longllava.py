@@ -53,7 +53,7 @@ def _state_dtype(u: torch.Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _starts_anew(seq_idx: torch.Tensor) -> torch.Tensor:
+def starts_anew(seq_idx: torch.Tensor) -> torch.Tensor:
     """Where another sequence begins than the token before belongs to, `(b, l)`. The first token continues what was."""
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
@@ -80,7 +80,7 @@ def selective_scan_reference(
     if delta_softplus:
         delta = F.softplus(delta)
     state = u.new_zeros(*u.shape[:2], A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    anew = None if seq_idx is None else _starts_anew(seq_idx)
+    anew = None if seq_idx is None else starts_anew(seq_idx)
     outputs = []
     for t in range(u.shape[-1]):
         dt = delta[:, :, t, None]  # (b, d, 1)
@@ -132,7 +132,7 @@ class _Block:
         self.z: Any = None if tensors["z"] is None else take("z")
         step = take("delta")
         if tensors["delta_bias"] is not None:
-            step += tensors["delta_bias"][channels]
+            step = step + tensors["delta_bias"][channels]  # not in place: it may be the input itself
         self.step = step  # before the softplus
         self.dt = F.softplus(step) if delta_softplus else step
         self.drive = self.dt * self.u
@@ -184,7 +184,7 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> dict[str, Any]:
         "D": None if D is None else D.to(dtype),
         "z": z,
         "delta_bias": None if delta_bias is None else delta_bias.to(dtype),
-        "anew": None if seq_idx is None else _starts_anew(seq_idx),
+        "anew": None if seq_idx is None else starts_anew(seq_idx),
     }
 
 
@@ -256,12 +256,12 @@ class _BlockedScan(torch.autograd.Function):
                 now = _Block(tensors, tokens, part, ctx.delta_softplus, scratch)
                 start = starts[first // group * len(blocks) + number]
                 decay, h = now.states(start)
-                grad = grad_y[:, part, tokens].permute(2, 0, 1).to(dtype).contiguous()
+                grad = _time_first(grad_y[:, part, tokens]).to(dtype)
                 if z is not None:
                     gate = torch.sigmoid(now.z)
                     slope = gate * (1 + now.z * (1 - gate))  # of silu
                     grad_z[:, part, tokens] = (grad * now.read(h) * slope).permute(1, 2, 0)
-                    grad *= now.z * gate
+                    grad = grad * now.z * gate
 
                 # The recurrence backwards: what the output and the next token want of each state.
                 grad_h = torch.mul(grad.unsqueeze(2), now.C, out=now.buffer(2))
@@ -504,7 +504,7 @@ class _TritonScan(torch.autograd.Function):
         small = {"device": u.device, "dtype": torch.float32}
         A_, D_, bias = (None if x is None else x.float().contiguous() for x in (A.T, D, delta_bias))
         state = None if initial_state is None else initial_state.float().transpose(1, 2).contiguous()
-        anew = None if seq_idx is None else _starts_anew(seq_idx).to(torch.int8).contiguous()
+        anew = None if seq_idx is None else starts_anew(seq_idx).to(torch.int8).contiguous()
         save = any(ctx.needs_input_grad)
         starts = torch.empty(batch, triton.cdiv(length, _CHUNK) if save else 0, states, channels, **small)
         y, final_state = torch.empty_like(u), torch.empty(batch, states, channels, **small)
@@ -805,7 +805,7 @@ def causal_conv1d(
             return _convolve_time_first(x, conv1d, past)
         return conv1d(torch.cat([past, x], dim=-1))
     # Sequences are moved apart, so that each has zeros before it, and their outputs gathered.
-    place = torch.arange(x.shape[-1], device=x.device) + (width - 1) * (1 + _starts_anew(seq_idx).cumsum(-1))
+    place = torch.arange(x.shape[-1], device=x.device) + (width - 1) * (1 + starts_anew(seq_idx).cumsum(-1))
     apart = x.new_zeros(*x.shape[:2], int(place.max()) + 1)
     apart[..., : width - 1] = past
     place = place.unsqueeze(1).expand(-1, x.shape[1], -1)
@@ -819,4 +819,5 @@ __all__ = [
     "choose_scan",
     "selective_scan",
     "selective_scan_reference",
+    "starts_anew",
 ]
