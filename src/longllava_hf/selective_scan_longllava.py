@@ -133,8 +133,8 @@ class _Block:
         step = take("delta")
         if tensors["delta_bias"] is not None:
             step = step + tensors["delta_bias"][channels]  # not in place: it may be the input itself
-        self.step = step  # before the softplus
         self.dt = F.softplus(step) if delta_softplus else step
+        del step
         self.drive = self.dt * self.u
         self.carries_on = None
         if tensors["anew"] is not None:
@@ -221,6 +221,7 @@ class _BlockedScan(torch.autograd.Function):
                     output[inner] = now.read(all_states, inner)
                     state = all_states[-1].clone()
                 y[:, part, tokens] = now.gated(output).permute(1, 2, 0)
+                del now, output  # before the next ones are made
             final_state[:, part] = state.transpose(1, 2)
         if starts:
             ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *starts)
@@ -286,7 +287,7 @@ class _BlockedScan(torch.autograd.Function):
                     grad_u_now.addcmul_(grad, now.D)
                     grad_D[part] += (grad * now.u).sum((0, 1))
                 if ctx.delta_softplus:
-                    grad_dt *= torch.sigmoid(now.step)
+                    grad_dt *= -torch.expm1(-now.dt)  # the softplus' slope, told from its value
                 grad_bias[part] += grad_dt.sum((0, 1))
                 grad_u[:, part, tokens] = grad_u_now.permute(1, 2, 0)
                 grad_delta[:, part, tokens] = grad_dt.permute(1, 2, 0)
