@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -360,15 +361,18 @@ class LazyPixelValues:
 
     def split(self, size: int) -> Iterator[torch.Tensor]:
         """Tensors `(size, 3, height, width)`, float32, the last one maybe smaller. The next is made meanwhile."""
-        tiles: list[np.ndarray] = []
         numbered = enumerate(_open_films(self._items), self._first)
-        for more in ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size):
-            tiles.extend(more)
-            while len(tiles) >= size:
-                yield torch.from_numpy(np.stack(tiles[:size]))
-                del tiles[:size]
-        if tiles:
-            yield torch.from_numpy(np.stack(tiles))
+        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size)
+        filled, batch = 0, None
+        for tile in chain.from_iterable(done):
+            batch = torch.empty(size, *self.shape[1:]) if batch is None else batch
+            batch[filled] = torch.from_numpy(tile)
+            filled += 1
+            if filled == size:
+                full, filled, batch = [batch], 0, None
+                yield full.pop()  # nothing here holds on to it while the next one is made
+        if batch is not None:
+            yield batch[:filled]
 
     def skip(self, items: int) -> "LazyPixelValues":
         """The same without the first so many pictures or films."""

@@ -119,8 +119,10 @@ def _batches(pixel_values: torch.Tensor | LazyPixelValues, size: int) -> Iterato
     """As many pictures as the tower sees at a time, with progress."""
     progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
     for batch in pixel_values.split(size):
-        yield batch
-        progress.update(len(batch))
+        count, held = len(batch), [batch]
+        del batch
+        yield held.pop()  # whoever takes it can let go of it before the next one is made
+        progress.update(count)
     progress.close()
 
 
@@ -532,6 +534,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
             features[done : done + len(batch)] = encoded
             done += len(batch)
+            del batch, outputs, encoded
         if done != len(pixel_values):
             raise ValueError(f"`pixel_values` should hold {len(pixel_values)} pictures, but {done} came.")
         return features.flatten(0, 1)
