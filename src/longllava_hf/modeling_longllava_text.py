@@ -282,9 +282,9 @@ class LongLLaVAMambaMixer(nn.Module):
         layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         if layer is None or not layer.has_previous_state[0]:
             return None, None
-        recurrent_state = layer.recurrent_states[0]
-        # The cache overwrites its states in place, but the backward pass needs this one as it is now.
-        return layer.conv_states[0], recurrent_state.clone() if torch.is_grad_enabled() else recurrent_state
+        states = layer.conv_states[0], layer.recurrent_states[0]
+        # The cache overwrites its states in place, but the backward pass needs them as they are now.
+        return tuple(state.clone() for state in states) if torch.is_grad_enabled() else states
 
     def _deferred_bias(self) -> torch.Tensor | None:
         """The bias that `dt_proj` left to the scan; none where a quantiser put a plain linear layer in its place."""

@@ -46,7 +46,10 @@ except ImportError:  # the kernels below are then never reached
 # cache, and enough that an operation takes longer than to start it.
 _BUSY_STATES = 1 << 16
 _BLOCK_VALUES = 1 << 20
-_SHORTEST_BLOCK, _LONGEST_BLOCK = 16, 256
+_SHORTEST_BLOCK, _LONGEST_BLOCK = 16, 128
+# Values, and tokens, of one input that are turned into rows of time at once, for several blocks: a cache line is many
+# tokens.
+_STRETCH_VALUES, _LONGEST_STRETCH = 1 << 18, 256
 
 
 def _state_dtype(u: torch.Tensor) -> torch.dtype:
@@ -106,6 +109,24 @@ def _time_first(x: torch.Tensor) -> torch.Tensor:
     return matrices[0].unsqueeze(1) if len(matrices) == 1 else torch.stack(matrices, dim=1)
 
 
+class _Scratch:
+    """
+    Memory for the states of one block after another: to allocate it anew would cost more than to fill it, and to take it
+    apart into tokens as much as to advance some of them.
+    """
+
+    def __init__(self, buffers: int, values: int, like: torch.Tensor, dtype: torch.dtype):
+        self.memory = like.new_empty(buffers, values, dtype=dtype)
+        self.pieces: dict[tuple[int, ...], tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+
+    def piece(self, number: int, *shape: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Part of a buffer as a tensor, and its tokens one by one."""
+        if (number, *shape) not in self.pieces:
+            piece = self.memory[number, : math.prod(shape)].view(shape)
+            self.pieces[number, *shape] = piece, piece.unbind(0)
+        return self.pieces[number, *shape]
+
+
 class _Block:
     """
     One block of tokens for some of the channels, time first: `(l, b, d)`, and `(l, b, n, d)` where there are states.
@@ -118,7 +139,7 @@ class _Block:
         tokens: slice,
         channels: slice,
         delta_softplus: bool,
-        scratch: torch.Tensor,
+        scratch: _Scratch,
     ):
         dtype, self.scratch = tensors["A"].dtype, scratch
 
@@ -140,36 +161,43 @@ class _Block:
         if tensors["anew"] is not None:
             self.carries_on = ~tensors["anew"][:, tokens].T[:, :, None, None]
 
-    def buffer(self, number: int, tokens: slice = slice(None)) -> torch.Tensor:
-        """A piece of the scratch memory, `(l, b, n, d)`: to allocate it anew would cost more than to fill it."""
-        shape = (*self.dt[tokens].shape[:2], *self.A.shape)
-        return self.scratch[number, : math.prod(shape)].view(shape)
+    def buffer(self, number: int, tokens: slice = slice(None)) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Memory for `(l, b, n, d)`, and for each token of it."""
+        return self.scratch.piece(number, *self.dt[tokens].shape[:2], *self.A.shape)
 
     def states(self, state: torch.Tensor, tokens: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """The decay of each of these tokens and the state after it, from the state `(b, n, d)` before the first."""
-        decay, states = (self.buffer(i, tokens) for i in range(2))
+        (decay, each_decay), (states, each_state) = (self.buffer(i, tokens) for i in range(2))
         torch.mul(self.dt[tokens].unsqueeze(2), self.A, out=decay).exp_()
         if self.carries_on is not None:
             decay *= self.carries_on[tokens]
         torch.mul(self.drive[tokens].unsqueeze(2), self.B[tokens], out=states)
-        for decay_t, state_t in zip(decay.unbind(0), states.unbind(0)):
+        for decay_t, state_t in zip(each_decay, each_state):
             state = state_t.addcmul_(decay_t, state)
         return decay, states
 
-    def read(self, states: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+    def read(self, states: torch.Tensor, tokens: slice = slice(None), out: torch.Tensor | None = None) -> torch.Tensor:
         """The output `(l, b, d)`, not yet gated."""
-        y = (self.C[tokens].transpose(2, 3) @ states).squeeze(2)
+        C = self.C[tokens].transpose(2, 3)
+        y = torch.matmul(C, states, out=None if out is None else out.unsqueeze(2)).squeeze(2)
         return y if self.D is None else y.addcmul_(self.u[tokens], self.D)
 
     def gated(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.z is None else y.mul_(F.silu(self.z))
 
 
-def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[int, int]:
-    """Channels of a group and tokens of a block."""
+def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[int, int, int]:
+    """Channels of a group, tokens of a block, and tokens of a stretch of blocks."""
     group = min(channels, max(1, _BUSY_STATES // (batch * states)))
     block = _BLOCK_VALUES // (batch * states * group)
-    return group, min(max(block, _SHORTEST_BLOCK), _LONGEST_BLOCK, length)
+    block = min(max(block, _SHORTEST_BLOCK), _LONGEST_BLOCK, length)
+    return group, block, block * max(1, min(_STRETCH_VALUES // (batch * group), _LONGEST_STRETCH) // block)
+
+
+def _room_for(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where to put some of the output `(b, d, l)` time first: where it belongs, if that is how it lies in memory."""
+    y = y.permute(2, 0, 1)
+    return y if y.stride(-1) == 1 and y.dtype == dtype else torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> dict[str, Any]:
@@ -196,10 +224,8 @@ class _BlockedScan(torch.autograd.Function):
         dtype = _state_dtype(u)
         (batch, channels, length), states = u.shape, A.shape[1]
         tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-        group, block = _block_sizes(batch, channels, states, length)
-        # Rows of memory are turned into rows of time for several blocks at once, a cache line being many tokens.
-        stretch = block * max(1, _LONGEST_BLOCK // block)
-        scratch = u.new_empty(2, block * batch * states * group, dtype=dtype)
+        group, block, stretch = _block_sizes(batch, channels, states, length)
+        scratch = _Scratch(2, block * batch * states * group, u, dtype)
         y = torch.empty_like(u)
         final_state = u.new_empty(batch, channels, states, dtype=dtype)
         starts = []
@@ -212,13 +238,13 @@ class _BlockedScan(torch.autograd.Function):
             for start in range(0, length, stretch):
                 tokens = slice(start, start + stretch)
                 now = _Block(tensors, tokens, part, delta_softplus, scratch)
-                output = torch.empty_like(now.u)
+                output = _room_for(y[:, part, tokens], dtype)
                 for first_token in range(0, len(output), block):
                     if any(ctx.needs_input_grad):
                         starts.append(state)
                     inner = slice(first_token, first_token + block)
                     all_states = now.states(state, inner)[1]
-                    output[inner] = now.read(all_states, inner)
+                    now.read(all_states, inner, out=output[inner])
                     state = all_states[-1].clone()
                 y[:, part, tokens] = now.gated(output).permute(1, 2, 0)
                 del now, output  # before the next ones are made
@@ -246,8 +272,8 @@ class _BlockedScan(torch.autograd.Function):
         grad_A, grad_B, grad_C = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (A.T, B, C))
         grad_D, grad_bias = (u.new_zeros(channels, dtype=dtype) for _ in range(2))
         grad_state = u.new_empty(batch, channels, states, dtype=dtype)
-        group, block = _block_sizes(batch, channels, states, length)
-        scratch = u.new_empty(3, block * batch * states * group, dtype=dtype)
+        group, block, _ = _block_sizes(batch, channels, states, length)
+        scratch = _Scratch(3, block * batch * states * group, u, dtype)
         blocks = range(0, length, block)
         for first in range(0, channels, group):
             part = slice(first, first + group)
@@ -265,9 +291,11 @@ class _BlockedScan(torch.autograd.Function):
                     grad = grad * now.z * gate
 
                 # The recurrence backwards: what the output and the next token want of each state.
-                grad_h = torch.mul(grad.unsqueeze(2), now.C, out=now.buffer(2))
-                for t in reversed(range(len(grad_h))):
-                    carry = grad_h[t].addcmul_(carry, decay[t + 1]) if t + 1 < len(grad_h) else grad_h[t].add_(carry)
+                each_decay, (grad_h, each_grad) = now.buffer(0)[1], now.buffer(2)
+                torch.mul(grad.unsqueeze(2), now.C, out=grad_h)
+                carry = each_grad[-1].add_(carry)
+                for grad_t, decay_after in zip(each_grad[-2::-1], each_decay[:0:-1]):
+                    carry = grad_t.addcmul_(carry, decay_after)
                 carry = carry * decay[0]
 
                 grad_C[:, :, tokens] += (h @ grad.unsqueeze(-1)).squeeze(-1).permute(1, 2, 0)
@@ -603,11 +631,12 @@ def _no_data(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
     (batch, channels, length), states = u.shape, A.shape[1]
     y, final_state = torch.empty_like(u), u.new_empty(batch, channels, states, dtype=_state_dtype(u))
     if not has_triton_kernels(u):
-        group, block = _block_sizes(batch, channels, states, length)
-        scratch = u.new_empty(2, block * batch * states * group, dtype=_state_dtype(u))
+        dtype = _state_dtype(u)
+        group, block, stretch = _block_sizes(batch, channels, states, length)
+        scratch = _Scratch(2, block * batch * states * group, u, dtype)
         tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-        now = _Block(tensors, slice(block), slice(group), delta_softplus, scratch)
-        now.gated(now.read(now.buffer(0)))
+        now = _Block(tensors, slice(stretch), slice(group), delta_softplus, scratch)
+        now.gated(_room_for(y[:, :group, :stretch], dtype))
     return y, final_state
 
 
@@ -759,13 +788,13 @@ def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: boo
 
 def _convolve_time_first(x: torch.Tensor, conv1d: torch.nn.Conv1d, past: torch.Tensor) -> torch.Tensor:
     """On a CPU, tap by tap over rows of channels, as they come from and go to linear layers and the scan."""
-    length = x.shape[-1]
-    inputs = torch.cat([past.transpose(1, 2), x.transpose(1, 2)], dim=1)
-    taps = conv1d.weight[:, 0].unbind(-1)
-    y = inputs[:, :length] * taps[0]
-    for tap, weight in enumerate(taps[1:], 1):
-        y.addcmul_(inputs[:, tap : tap + length], weight)
-    return (y if conv1d.bias is None else y.add_(conv1d.bias)).transpose(1, 2)
+    x, past = x.transpose(1, 2), past.transpose(1, 2)
+    *earlier, now = conv1d.weight[:, 0].unbind(-1)
+    y = x * now if conv1d.bias is None else torch.addcmul(conv1d.bias, x, now)
+    for back, tap in enumerate(reversed(earlier), 1):
+        y[:, back:].addcmul_(x[:, :-back], tap)
+        y[:, :back].addcmul_(past[:, past.shape[1] - back :][:, : y.shape[1]], tap)
+    return y.transpose(1, 2)
 
 
 def causal_conv1d(
