@@ -396,7 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--fps", type=float, help="frames a second of each video, instead")
         command.add_argument("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
         command.add_argument(
-            "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 1024)"
+            "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)"
         )
         add_loading(command)
         command.add_argument("--json", action="store_true", help="print the answer and its circumstances as JSON")
@@ -422,7 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-new-tokens", type=int, default=256)
     command.add_argument("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)")
     command.add_argument(
-        "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 1024)"
+        "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)"
     )
     command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     command.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)")

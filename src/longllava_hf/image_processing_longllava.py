@@ -362,7 +362,9 @@ class LazyPixelValues:
     def split(self, size: int) -> Iterator[torch.Tensor]:
         """Tensors `(size, 3, height, width)`, float32, the last one maybe smaller. The next is made meanwhile."""
         numbered = enumerate(_open_films(self._items), self._first)
-        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size)
+        pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
+        most = max(pictures, default=1)  # a film's frames are one tile each
+        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size // most)
         filled, batch = 0, None
         for tile in chain.from_iterable(done):
             batch = torch.empty(size, *self.shape[1:]) if batch is None else batch

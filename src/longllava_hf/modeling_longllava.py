@@ -28,7 +28,7 @@ from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_lo
 
 
 # Tokens of a prompt that are read at a time, unless told: enough to keep a device busy.
-PREFILL_CHUNK_SIZES = {"cpu": 1024, "cuda": 4096}
+PREFILL_CHUNK_SIZES = {"cpu": 512, "cuda": 4096}
 # Positions beyond the prompt that a cache has room for at first.
 _ROOM_FOR_AN_ANSWER = 1024
 
@@ -433,7 +433,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
 
         - `pixel_values` may be a [`LazyPixelValues`], whose pictures are decoded while those before are encoded;
           `pixel_values=None` means that there are none. The tower sees `config.vision_batch_size` at a time.
-        - a prompt is read in chunks of `prefill_chunk_size` tokens (by default 4,096, on a CPU 1,024).
+        - a prompt is read in chunks of `prefill_chunk_size` tokens (by default 4,096, on a CPU 512).
         - `past_key_values` may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
           goes wrong, or is interrupted, it is left as it was.
         """
@@ -484,8 +484,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 comes after it, or all of it again.
             pixel_values, attention_mask, mm_encoder_outputs: as for [`~LongLLaVAForConditionalGeneration.forward`].
             past_key_values ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
-            prefill_chunk_size (`int`, *optional*): tokens to read at a time (by default 4,096, on a CPU
-                1,024).
+            prefill_chunk_size (`int`, *optional*): tokens to read at a time (by default 4,096, on a CPU 512).
 
         Returns:
             [`LongLLaVACache`]: for `generate(past_key_values=...)`, which adds to it; `copy.deepcopy` branches it. It can

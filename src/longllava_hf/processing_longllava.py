@@ -253,6 +253,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         image_inputs = self.image_processor(images, **kwargs)
         tokens = f"<img>{self.image_token * (kwargs.get('image_seq_length') or self.image_processor.image_seq_length)}</img>"
         grids = iter(image_inputs.get("image_grids", np.zeros((len(image_inputs["pixel_values"]), 2), int)).tolist())
+        of_grid: dict[tuple[int, ...], _Replacement] = {}
         replacements = []
         for item in images:
             if isinstance(item, (VideoFile, Frames)):
@@ -260,8 +261,10 @@ class LongLLaVAProcessor(ProcessorMixin):
                     next(grids)
                 replacements.append(_Replacement("video", f"<vid>{'<t>'.join([tokens] * len(item))}</vid>"))
             else:
-                rows, columns = next(grids)
-                replacements.append(_Replacement("image", "\n".join([tokens, *[tokens * columns] * rows])))
+                grid = rows, columns = tuple(next(grids))
+                if grid not in of_grid:  # most pictures have the same, however long
+                    of_grid[grid] = _Replacement("image", "\n".join([tokens, *[tokens * columns] * rows]))
+                replacements.append(of_grid[grid])
         return image_inputs, replacements
 
     def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), audio_replacements=()):

@@ -121,10 +121,11 @@ class _Scratch:
 
     def piece(self, number: int, *shape: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Part of a buffer as a tensor, and its tokens one by one."""
-        if (number, *shape) not in self.pieces:
+        key = (number, *shape)
+        if key not in self.pieces:
             piece = self.memory[number, : math.prod(shape)].view(shape)
-            self.pieces[number, *shape] = piece, piece.unbind(0)
-        return self.pieces[number, *shape]
+            self.pieces[key] = piece, piece.unbind(0)
+        return self.pieces[key]
 
 
 class _Block:
