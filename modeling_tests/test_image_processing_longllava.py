@@ -486,6 +486,19 @@ def test_broken_lazy_pictures_are_named(processor, tmp_path):
         list(lazy.skip(2).split(2))
 
 
+def test_lazy_pixels_are_float32_and_no_more_than_there_are(processor):
+    lazy = processor([photo()] * 3, lazy=True)["pixel_values"]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (batch,) = lazy.split(10**9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert batch.dtype == torch.float32 and batch.untyped_storage().nbytes() == batch.nbytes
+    grey = processor([np.zeros((60, 60), np.uint8)], lazy=True, do_pad=False, do_convert_rgb=False, do_normalize=False)
+    with pytest.raises(ValueError, match=r"a tile must have the shape \(3, 48, 48\), but it is \(1, 48, 48\)"):
+        grey["pixel_values"].load()
+
+
 def test_lazy_pixels_need_a_size(processor):
     with pytest.raises(ValueError, match="`lazy=True` needs `do_center_crop=True`"):
         processor([photo()], lazy=True, do_center_crop=False)

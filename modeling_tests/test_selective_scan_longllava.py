@@ -348,9 +348,27 @@ def test_mamba_ssm_is_called_as_it_wants(monkeypatch):
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_whole():
+    """With outputs that lie token by token in memory, as a model's do."""
+    inputs = make_inputs(length=9)
+    for name in ("u", "delta", "z"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    scan = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    arguments = {**inputs, "delta_softplus": True, "implementation": "torch"}
+    with torch.no_grad():
+        torch.testing.assert_close(scan(**arguments), selective_scan(**arguments))
+
+
 def make_conv(channels=6, bias=True):
     torch.manual_seed(0)
     return torch.nn.Conv1d(channels, channels, kernel_size=4, groups=channels, bias=bias)
+
+
+def test_a_past_of_another_shape_is_refused():
+    x, conv1d = torch.randn(2, 6, 5), make_conv()
+    width = conv1d.kernel_size[0]
+    with pytest.raises(ValueError, match=rf"`initial_state` must have the shape \(2, {x.shape[1]}, {width}\)"):
+        causal_conv1d(x, conv1d, x.new_zeros(2, x.shape[1], width - 1))
 
 
 def test_convolution_knows_its_past():

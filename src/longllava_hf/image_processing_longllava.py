@@ -365,13 +365,18 @@ class LazyPixelValues:
         pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
         most = max(pictures, default=1)  # a film's frames are one tile each
         done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size // most)
-        filled, batch = 0, None
+        left, filled, batch = len(self), 0, None
         for tile in chain.from_iterable(done):
-            batch = torch.empty(size, *self.shape[1:]) if batch is None else batch
-            batch[filled] = torch.from_numpy(tile)
+            if tile.shape != self.shape[1:]:
+                raise ValueError(
+                    f"With `lazy=True` a tile must have the shape {self.shape[1:]}, but it is {tile.shape}."
+                )
+            if batch is None:
+                batch = torch.empty(min(size, max(left, 1)), *self.shape[1:], dtype=torch.float32, device="cpu")
+            batch.numpy()[filled] = tile
             filled += 1
-            if filled == size:
-                full, filled, batch = [batch], 0, None
+            if filled == len(batch):
+                full, left, filled, batch = [batch], left - filled, 0, None
                 yield full.pop()  # nothing here holds on to it while the next one is made
         if batch is not None:
             yield batch[:filled]

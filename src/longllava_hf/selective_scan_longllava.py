@@ -198,7 +198,11 @@ def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[i
 def _room_for(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Where to put some of the output `(b, d, l)` time first: where it belongs, if that is how it lies in memory."""
     y = y.permute(2, 0, 1)
-    return y if y.stride(-1) == 1 and y.dtype == dtype else torch.empty(y.shape, dtype=dtype, device=y.device)
+    if (
+        y.stride(-1) == 1 and y.dtype == dtype and not torch.compiler.is_compiling()
+    ):  # which writes to whole tensors only
+        return y
+    return torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> dict[str, Any]:
@@ -627,6 +631,7 @@ def _one_token(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_stat
     return y.to(u.dtype), state
 
 
+@torch.no_grad()
 def _no_data(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
     """On `meta`: what the scan would allocate, and nothing else."""
     (batch, channels, length), states = u.shape, A.shape[1]
@@ -817,8 +822,15 @@ def causal_conv1d(
 
     Returns:
         `torch.Tensor` of shape `(b, d, l)`.
+
+    Raises:
+        ValueError: if `initial_state` has another shape.
     """
     width = conv1d.kernel_size[0]
+    if initial_state is not None and initial_state.shape != (*x.shape[:2], width):
+        raise ValueError(
+            f"`initial_state` must have the shape {(*x.shape[:2], width)}, but it is {tuple(initial_state.shape)}."
+        )
     # A kernel of width k sees k - 1 tokens of the past; the state holds one more, as Transformers' caches do.
     past = None if initial_state is None else initial_state[..., 1:].to(x.dtype)
     if _knows_causal_conv1d(x, conv1d, has_both=past is not None and seq_idx is not None):
