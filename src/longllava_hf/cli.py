@@ -160,7 +160,7 @@ class Session:
         self.model.prefill(
             input_ids=ids[:, :end].to(device),
             pixel_values=pixel_values,
-            past_key_values=self.cache,
+            cache=self.cache,
             prefill_chunk_size=self.arguments.prefill_chunk_size,
         )
         shown = self.cache.notes.get("files", [])
@@ -183,7 +183,7 @@ class Session:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=pixel_values,
-                past_key_values=self.cache,
+                cache=self.cache,
                 max_new_tokens=self.arguments.max_new_tokens,
                 prefill_chunk_size=self.arguments.prefill_chunk_size,
                 streamer=streamer,

@@ -94,7 +94,7 @@ class LongLLaVATextConfig(PreTrainedConfig):
 
     model_type = "longllava_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 65536
@@ -215,7 +215,7 @@ class LongLLaVAConfig(PreTrainedConfig):
 
     model_type = "longllava"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

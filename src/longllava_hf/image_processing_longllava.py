@@ -8,7 +8,7 @@ import math
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any, Literal
@@ -610,8 +610,20 @@ def _open_films(items: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]
             yield item, whole_only
 
 
-class Frames(list):
-    """The frames of one video that the caller has decoded already: a list that says so."""
+class Frames(Sequence):
+    """
+    The frames of one video that the caller has decoded already. No list: those are rebuilt on their way through a chat
+    template (Transformers 5.24).
+    """
+
+    def __init__(self, frames: Iterable):
+        self._frames = tuple(frames)
+
+    def __getitem__(self, index):
+        return self._frames[index]
+
+    def __len__(self) -> int:
+        return len(self._frames)
 
 
 __all__ = ["Frames", "LazyPixelValues", "LongLLaVAImageProcessor", "VideoFile", "load_picture", "picture_size"]

@@ -17,11 +17,16 @@ from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_longllava import LongLLaVACache, all_or_nothing, cache_rows, make_room
+from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
 from .configuration_longllava import LongLLaVAConfig
 from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
@@ -49,23 +54,13 @@ class LongLLaVAModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class LongLLaVACausalLMOutputWithPast(ModelOutput):
+class LongLLaVACausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    loss (`torch.Tensor` of shape `(1,)`, *optional*): with `labels`; includes the load-balancing loss, if there is one.
-    aux_loss (`torch.Tensor` of shape `(1,)`, *optional*): that load-balancing loss, not yet weighted.
-    logits (`torch.Tensor` of shape `(batch, length, vocab_size)`).
-    past_key_values (`Cache`, *optional*).
-    hidden_states, attentions, router_logits (`tuple(torch.Tensor)`, *optional*): one entry for each layer that has them.
+    What a decoder returns (`loss` includes the load-balancing loss `aux_loss`, if there is one), and:
+
     image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*).
     """
 
-    loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    router_logits: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -230,6 +225,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             input_ids = torch.where(input_ids == self.config.image_token_id, 0, input_ids)
         return embeddings(input_ids)
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -237,7 +233,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -249,7 +245,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
                 all images of the batch, in reading order; each fills `config.image_seq_length` placeholders.
             attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*): 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
-            past_key_values (`Cache`, *optional*).
+            cache (`Cache`, *optional*).
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
             mm_encoder_outputs (`dict`, *optional*): under `"image"`, what [`~LongLLaVAModel.get_image_features`]
                 returned, in place of `pixel_values`.
@@ -277,17 +273,17 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         return LongLLaVAModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None),
             image_hidden_states=image_features,
+            **{CACHE: get_cache(outputs)},
         )
 
 
@@ -350,6 +346,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         """See [`LongLLaVAModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -357,7 +354,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -403,7 +400,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -420,11 +417,11 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: get_cache(outputs)},
         )
 
     def generate(self, *args, **kwargs):
@@ -434,13 +431,15 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         - `pixel_values` may be a [`LazyPixelValues`], whose pictures are decoded while those before are encoded;
           `pixel_values=None` means that there are none. The tower sees `config.vision_batch_size` at a time.
         - a prompt is read in chunks of `prefill_chunk_size` tokens (by default 4,096, on a CPU 512).
-        - `past_key_values` may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
+        - `cache` (`past_key_values`) may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
           goes wrong, or is interrupted, it is left as it was.
         """
         kwargs.update(zip(list(inspect.signature(GenerationMixin.generate).parameters)[1:], args))
         images = ("pixel_values", "mm_encoder_outputs")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
-        cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, attention_mask = take_cache(kwargs), kwargs.get("attention_mask")
+        if cache is not None:
+            kwargs[CACHE] = cache
         if isinstance(cache, LongLLaVACache):
             _check_padding(attention_mask)
         was_empty = cache is not None and cache.get_seq_length() == 0
@@ -466,13 +465,14 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
                 cache.note_answer(input_ids, sequences, features, attention_mask)
         return outputs
 
+    @accepts_cache
     @torch.no_grad()
     def prefill(
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.Tensor | LazyPixelValues | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: LongLLaVACache | None = None,
+        cache: LongLLaVACache | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prefill_chunk_size: int | None = None,
     ) -> LongLLaVACache:
@@ -480,26 +480,26 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         Read a prompt and answer nothing yet.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): what to read; with `past_key_values`, only what
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): what to read; with `cache`, only what
                 comes after it, or all of it again.
             pixel_values, attention_mask, mm_encoder_outputs: as for [`~LongLLaVAForConditionalGeneration.forward`].
-            past_key_values ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
+            cache ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
             prefill_chunk_size (`int`, *optional*): tokens to read at a time (by default 4,096, on a CPU 512).
 
         Returns:
-            [`LongLLaVACache`]: for `generate(past_key_values=...)`, which adds to it; `copy.deepcopy` branches it. It can
+            [`LongLLaVACache`]: for `generate(cache=...)`, which adds to it; `copy.deepcopy` branches it. It can
             be kept with [`~LongLLaVACache.save`].
 
         Raises:
             ValueError: as `forward`, or if there is nothing to read. The context is then as it was.
         """
         _check_padding(attention_mask)
-        cache = LongLLaVACache(config=self.config) if past_key_values is None else past_key_values
+        cache = LongLLaVACache(config=self.config) if cache is None else cache
         model_kwargs = {
             "pixel_values": pixel_values,
             "mm_encoder_outputs": mm_encoder_outputs,
             "attention_mask": attention_mask,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
         }
         generation_config = GenerationConfig(prefill_chunk_size=prefill_chunk_size)
@@ -574,7 +574,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         Transformers release; a cache that already holds the beginning of the conversation is continued, whether the
         inputs repeat that beginning or not; and only images that are not in that cache yet are used.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None or not is_first_iteration:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 

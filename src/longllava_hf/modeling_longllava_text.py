@@ -30,6 +30,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
+from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .grouped_linear_longllava import planned_device
@@ -202,7 +203,7 @@ class LongLLaVAAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -210,8 +211,8 @@ class LongLLaVAAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         if attention_mask is None and self.config._attn_implementation == "sdpa":
             attn_output = causal_attention(
@@ -277,9 +278,9 @@ class LongLLaVAMambaMixer(nn.Module):
         self.b_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
         self.c_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
 
-    def _past_states(self, past_key_values: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _past_states(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; none where nothing is cached."""
-        layer: Any = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        layer: Any = cache.layers[self.layer_idx] if cache is not None else None
         if layer is None or not layer.has_previous_state[0]:
             return None, None
         states = layer.conv_states[0], layer.recurrent_states[0]
@@ -304,14 +305,14 @@ class LongLLaVAMambaMixer(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         padding: Padding | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
-            past_key_values (`Cache`, *optional*): holds the states before the first token; gets those after the last.
+            cache (`Cache`, *optional*): holds the states before the first token; gets those after the last.
             padding (`Padding`, *optional*): positions that must leave no trace.
             seq_idx (`torch.Tensor` of shape `(batch, length)`, *optional*): number of the sequence each token is of.
 
@@ -326,8 +327,8 @@ class LongLLaVAMambaMixer(nn.Module):
             x = torch.where(padding.is_token[:, None], x, 0)
 
         # 1. Causal convolution
-        conv_state, recurrent_state = self._past_states(past_key_values)
-        if past_key_values is not None:
+        conv_state, recurrent_state = self._past_states(cache)
+        if cache is not None:
             new_conv_state = self._last_inputs(x, conv_state, padding)
         with loaded(self.conv1d):
             x = self.act(causal_conv1d(x, self.conv1d, conv_state, seq_idx))
@@ -359,9 +360,9 @@ class LongLLaVAMambaMixer(nn.Module):
             return_final_state=True,
             implementation=self.config.scan_implementation,
         )
-        if past_key_values is not None:
-            past_key_values.update_conv_state(new_conv_state, self.layer_idx)
-            past_key_values.update_recurrent_state(final_state, self.layer_idx)
+        if cache is not None:
+            cache.update_conv_state(new_conv_state, self.layer_idx)
+            cache.update_recurrent_state(final_state, self.layer_idx)
 
         output = self.out_proj(scan_output.transpose(1, 2))
         return output if padding is None else _permute_tokens(output, padding.inverse)
@@ -381,7 +382,8 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        hidden_states = hidden_states + self.mix(self.input_layernorm(hidden_states), **kwargs)
+        cache = take_cache(kwargs)  # type: ignore[arg-type]
+        hidden_states = hidden_states + self.mix(self.input_layernorm(hidden_states), cache=cache, **kwargs)
         return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
 
 
@@ -408,12 +410,12 @@ class LongLLaVAMambaDecoderLayer(LongLLaVADecoderLayer):
     def mix(
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         padding: Padding | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        return self.mamba(hidden_states, past_key_values=past_key_values, padding=padding, seq_idx=seq_idx)
+        return self.mamba(hidden_states, cache=cache, padding=padding, seq_idx=seq_idx)
 
 
 class LongLLaVATextPreTrainedModel(PreTrainedModel):
@@ -422,7 +424,7 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongLLaVAAttentionDecoderLayer", "LongLLaVAMambaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -530,7 +532,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs: dict[str, Any]):
+    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, cache, kwargs: dict[str, Any]):
         """Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one."""
         batch, length = inputs_embeds.shape[:2]
         seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
@@ -538,24 +540,25 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             places = torch.arange(length, device=bounds.device)
             seq_idx = torch.searchsorted(bounds[1:].contiguous(), places.to(bounds.dtype), right=True)[None]
         if seq_idx is None:
-            is_told = position_ids is not None and attention_mask is None and past_key_values is None
+            is_told = position_ids is not None and attention_mask is None and cache is None
             if not is_told or is_torchdynamo_compiling():
                 return None
             return find_packed_sequence_indices(position_ids.expand(batch, -1))
-        if past_key_values is not None or (attention_mask is not None and not attention_mask.all()):
-            what = "padding" if past_key_values is None else "a cache"
+        if cache is not None or (attention_mask is not None and not attention_mask.all()):
+            what = "padding" if cache is None else "a cache"
             raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
         return seq_idx.to(inputs_embeds.device).expand(batch, -1)
 
-    def _needs_no_mask(self, attention_mask: torch.Tensor | None, length: int, past_key_values: Cache | None) -> bool:
+    def _needs_no_mask(self, attention_mask: torch.Tensor | None, length: int, cache: Cache | None) -> bool:
         """Whether what is causal about attention is all there is to know."""
-        if self.config._attn_implementation != "sdpa" or getattr(past_key_values, "is_compileable", False):
+        if self.config._attn_implementation != "sdpa" or getattr(cache, "is_compileable", False):
             return False
         if attention_mask is None:
             return True
         may_look = not is_torchdynamo_compiling() and (length > 1 or attention_mask.device.type == "cpu")
         return may_look and attention_mask.ndim == 2 and bool(attention_mask.all())
 
+    @accepts_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -563,7 +566,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -576,7 +579,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): nothing here embeds a position.
                 Where neither mask nor cache is given, a position that does not follow the one before begins another
                 sequence; those do not see each other.
-            past_key_values (`Cache`, *optional*): keys, values and states of what came before; updated in place.
+            cache (`Cache`, *optional*): keys, values and states of what came before; updated in place.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
             use_cache (`bool`, *optional*): return a cache, new if none was given; packed sequences have none.
             seq_idx (`torch.LongTensor` of shape `(batch, length)`, *optional*): number of the sequence that each token is
@@ -591,13 +594,13 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        past_length = cache.get_seq_length() if cache is not None else 0
+        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, cache, kwargs)
         if seq_idx is not None:
             use_cache, attention_mask = False, None
             position_ids = _positions_in_sequences(seq_idx)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
@@ -606,15 +609,15 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         padding = Padding.from_attention_mask(masks["linear_attention"] if masks else attention_mask, length)
         if masks is not None:
             causal_mask = masks["full_attention"]
-        elif seq_idx is None and self._needs_no_mask(attention_mask, length, past_key_values):
+        elif seq_idx is None and self._needs_no_mask(attention_mask, length, cache):
             causal_mask = None
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values if seq_idx is None else None,
                 position_ids=position_ids,
+                **{CACHE: cache if seq_idx is None else None},
             )
 
         hidden_states = inputs_embeds
@@ -623,14 +626,12 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 padding=padding,
                 seq_idx=seq_idx,
+                **{CACHE: cache},  # which gradient checkpointing takes away by that name
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **{CACHE: cache})
 
 
 def router_aux_loss(
@@ -667,13 +668,14 @@ class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -697,7 +699,7 @@ class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -714,10 +716,10 @@ class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: get_cache(outputs)},
         )
 
 

@@ -213,7 +213,7 @@ class MemoryPlanner:
     def _measure_cache(self) -> tuple[int, int]:
         cache = DynamicCache(config=self.model.config)
         with torch.no_grad(), self._as_on_the_device():
-            self.model(inputs_embeds=self._embeddings(1), past_key_values=cache, use_cache=True)
+            self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(cache.layers)
         kv = states = 0.0
         for layer, kind in zip(cache.layers, kinds):
@@ -255,7 +255,7 @@ class MemoryPlanner:
         cache = DynamicCache(config=self.model.config)
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
             make_room(cache, tokens)
-            self.model(inputs_embeds=self._embeddings(1), past_key_values=cache, use_cache=True)
+            self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
             for layer in cache.layers:
                 if isinstance(layer, PreallocatedLayer):
                     layer.keys, layer.values = (
@@ -266,7 +266,7 @@ class MemoryPlanner:
             outputs = self.model(
                 input_ids=torch.empty(1, chunk, dtype=torch.long, device="meta"),
                 mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)} if images else None,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )

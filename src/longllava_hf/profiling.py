@@ -80,7 +80,7 @@ def profile_decoding(model: Any, context: int = 1024, new_tokens: int = 32) -> d
 
     def generate(count: int) -> None:
         for _ in range(count):
-            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids[:, -1:], cache=cache, use_cache=True, logits_to_keep=1)
 
     generate(3)  # what is done once is not a token's
     clock = _Clock(model)
