@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAImageProcessor, LongLLaVAModel
 from longllava_hf.convert import convert_checkpoint
-from longllava_hf.modeling_longllava import PREFILL_CHUNK_SIZES, pool_patches
+from longllava_hf.generation_longllava import PREFILL_CHUNK_SIZES
+from longllava_hf.modeling_longllava import pool_patches
 
 from .conftest import KINDS, golden, golden_images, published, small_config
 
@@ -304,7 +305,7 @@ def test_pictures_that_come_as_they_are_needed(small_model, road, tmp_path):
         if road == "generate":
             found.append(small_model.generate(ids, pixel_values=pixels, max_new_tokens=5, do_sample=False))
         elif road == "prefill":
-            found.append(small_model.prefill(ids, pixel_values=pixels).layers[0].recurrent_states[0])
+            found.append(small_model.prefill(ids, pixel_values=pixels).cache.layers[0].recurrent_states[0])
         else:
             found.append(small_model(ids, pixel_values=pixels).logits)
     hook.remove()
@@ -336,10 +337,10 @@ def test_long_prompts_are_read_in_chunks(small_model, monkeypatch):
     head = small_model.lm_head.register_forward_pre_hook(lambda _, args: logits.append(args[0].shape[1]))
     arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     chunked = small_model.generate(ids, **arguments)
-    assert lengths == [16, 16, 16, 2, 1, 1] and set(logits) == {1}
+    assert lengths == [16, 16, 16, 1, 1, 1, 1] and set(logits) == {1}
     lengths.clear()
     assert torch.equal(small_model.generate(ids, prefill_chunk_size=50, **arguments), chunked)
-    assert lengths == [50, 1, 1]
+    assert lengths == [49, 1, 1, 1]
     hook.remove(), head.remove()
 
 

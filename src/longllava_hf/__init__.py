@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .cache_longllava import LongLLaVACache
 from .checkpoint_longllava import register_expert_conversion
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
+from .context_longllava import LongLLaVAContext
 from .image_processing_longllava import LazyPixelValues, LongLLaVAImageProcessor
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
@@ -60,6 +61,7 @@ __all__ = [
     "LazyPixelValues",
     "LongLLaVACache",
     "LongLLaVAConfig",
+    "LongLLaVAContext",
     "LongLLaVAForCausalLM",
     "LongLLaVAForConditionalGeneration",
     "LongLLaVAImageProcessor",

@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.utils import logging
 
 from . import TINY, __version__
-from .cache_longllava import LongLLaVACache, context_metadata
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
 from .modeling_longllava import LongLLaVAForConditionalGeneration
@@ -102,17 +102,17 @@ class Session:
         self.arguments = arguments
         self.settings = {"lazy": True, **({"patch_strategy": "best_fit"} if arguments.high_resolution else {})}
         if context is None:
-            self.cache = LongLLaVACache(config=self.model.config)
+            self.context = self.model.new_context()
         else:
-            self.cache = LongLLaVACache.load(context, self.model, self.processor)
-            if self.cache.notes.get("last") not in ("image", "video") or self.cache.input_ids is None:
+            self.context = LongLLaVAContext.load(context, self.model, self.processor)
+            if self.context.metadata.get("last") not in ("image", "video") or self.context.input_ids is None:
                 raise ValueError(
                     f"The context `{context}` does not say what it ends with; it was not kept by `longllava`."
                 )
 
     @property
     def ids(self) -> torch.Tensor:
-        known = self.cache.input_ids
+        known = self.context.input_ids
         return torch.empty(1, 0, dtype=torch.long, device=self.model.device) if known is None else known
 
     def _prepare(self, content: list[dict[str, Any]]) -> Any:
@@ -145,7 +145,7 @@ class Session:
 
     def _new_inputs(self, content: list[dict[str, Any]]) -> tuple[torch.Tensor, Any]:
         """Ids and pictures of the next message, without what is known already."""
-        if (kind := self.cache.notes.get("last")) is not None:
+        if (kind := self.context.metadata.get("last")) is not None:
             return self._after_visual(kind, content)
         inputs = self._prepare(content)
         ids = inputs["input_ids"]
@@ -160,11 +160,11 @@ class Session:
         self.model.prefill(
             input_ids=ids[:, :end].to(device),
             pixel_values=pixel_values,
-            cache=self.cache,
+            cache=self.context,
             prefill_chunk_size=self.arguments.prefill_chunk_size,
         )
-        shown = self.cache.notes.get("files", [])
-        self.cache.notes = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
+        shown = self.context.metadata.get("files", [])
+        self.context.metadata = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
 
     def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
         """Answer one turn; the conversation so far is kept."""
@@ -183,15 +183,15 @@ class Session:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=pixel_values,
-                cache=self.cache,
+                cache=self.context,
                 max_new_tokens=self.arguments.max_new_tokens,
                 prefill_chunk_size=self.arguments.prefill_chunk_size,
                 streamer=streamer,
                 do_sample=False,
             )
         answer_ids = output[0, ids.shape[1] :]
-        files = [*self.cache.notes.get("files", []), *(visual.describe() for visual in visuals)]
-        self.cache.notes = {}
+        files = [*self.context.metadata.get("files", []), *(visual.describe() for visual in visuals)]
+        self.context.metadata = {}
         return {
             "answer": self.processor.decode(answer_ids, skip_special_tokens=True).strip(),
             "model": self.arguments.model,
@@ -225,7 +225,7 @@ def ask(arguments: argparse.Namespace) -> None:
     if arguments.keep is not None:
         if visuals:
             session.show(visuals)
-        session.cache.save(arguments.keep, session.model, session.processor)
+        session.context.save(arguments.keep, session.model, session.processor)
         visuals = []
     result = session.ask(visuals, question, stream=not arguments.json)
     if arguments.json:

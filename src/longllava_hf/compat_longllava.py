@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -59,4 +61,12 @@ def accepts_cache(function: Callable) -> Callable:
     return wrapper
 
 
-__all__ = ["CACHE", "accepts_cache", "get_cache", "take_cache"]
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, also if accelerate keeps its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    if (device := getattr(hook, "execution_device", None)) is not None:
+        return torch.device(device)
+    return next((x.device for x in module.parameters()), torch.device("cpu"))
+
+
+__all__ = ["CACHE", "accepts_cache", "execution_device", "get_cache", "take_cache"]

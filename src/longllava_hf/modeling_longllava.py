@@ -4,9 +4,7 @@ LongLLaVA (arXiv 2409.02889): a vision tower whose patches are pooled to a quart
 decoder may be any that Transformers knows; LongLLaVA's own is in `modeling_longllava_text`.
 """
 
-import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +14,27 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .cache_longllava import LongLLaVACache, all_or_nothing, cache_rows, make_room
-from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
-from .configuration_longllava import LongLLaVAConfig
+from .compat_longllava import CACHE, accepts_cache, execution_device, get_cache
+from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, image_batches
 from .image_processing_longllava import LazyPixelValues
-from .modeling_longllava_text import LongLLaVATextPreTrainedModel, router_aux_loss, select_positions
-
-
-# Tokens of a prompt that are read at a time, unless told: enough to keep a device busy.
-PREFILL_CHUNK_SIZES = {"cpu": 512, "cuda": 4096}
-# Positions beyond the prompt that a cache has room for at first.
-_ROOM_FOR_AN_ANSWER = 1024
+from .modeling_longllava_text import (
+    LongLLaVATextModel,
+    LongLLaVATextPreTrainedModel,
+    check_cache,
+    packed_sequences,
+    positions_in_sequences,
+    router_aux_loss,
+    select_positions,
+)
 
 
 @dataclass
@@ -110,32 +109,6 @@ class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     _can_record_outputs: dict[str, Any] = {}
 
 
-def _batches(pixel_values: torch.Tensor | LazyPixelValues, size: int) -> Iterator[torch.Tensor]:
-    """As many pictures as the tower sees at a time, with progress."""
-    progress = logging.tqdm(total=len(pixel_values), desc="Encoding", unit=" images", delay=1.0, leave=False)
-    for batch in pixel_values.split(size):
-        count, held = len(batch), [batch]
-        del batch
-        yield held.pop()  # whoever takes it can let go of it before the next one is made
-        progress.update(count)
-    progress.close()
-
-
-def _joined(features: Any) -> torch.Tensor:
-    """The image tokens of all pictures, `(image tokens, hidden_size)`; where they are in one piece, that piece."""
-    return features[0] if len(features) == 1 else torch.cat(list(features))
-
-
-def _check_image_tokens(mask: torch.Tensor, image_features: torch.Tensor) -> None:
-    if mask.is_meta:  # nothing to count where only shapes are computed
-        return
-    num_tokens, num_features = int(mask.sum()), image_features.shape[0]
-    if num_tokens != num_features:
-        raise ValueError(
-            f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
-        )
-
-
 class LongLLaVAModel(LongLLaVAPreTrainedModel):
     """Tower, projector and decoder, without a language-modelling head."""
 
@@ -158,7 +131,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`).
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`).
 
         Returns:
             [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
@@ -167,16 +140,27 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         if isinstance(pixel_values, LazyPixelValues):
             pixel_values = pixel_values.load()
         batch_size = self.config.vision_batch_size
-        if len(pixel_values) > batch_size:
-            batches = _batches(pixel_values, batch_size)
-            parts = [self.get_image_features(batch, return_dict=True) for batch in batches]
-            return BaseModelOutputWithPooling(
-                last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
-                pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
-            )
-        pixel_values = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype)
-        requested = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
-        outputs = self.vision_tower(pixel_values, return_dict=True, output_hidden_states=True, **kwargs)
+        if len(pixel_values) <= batch_size:
+            return self._encode_images(pixel_values, **kwargs)
+        parts = [self._encode_images(batch, **kwargs) for batch in image_batches(pixel_values, batch_size)]
+        joined = {
+            name: tuple(torch.cat(layers) for layers in zip(*(part[name] for part in parts)))
+            for name in ("hidden_states", "attentions")
+            if name in parts[0]
+        }
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
+            pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
+            **joined,
+        )
+
+    def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        tower = self.vision_tower
+        # A tower that is kept elsewhere has hooks that take its inputs to where it runs.
+        pixel_values = pixel_values.to(device=execution_device(tower), dtype=tower.dtype)
+        requested = kwargs.pop("output_hidden_states", None)
+        requested = self.config.output_hidden_states if requested is None else requested
+        outputs = tower(pixel_values, return_dict=True, output_hidden_states=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
@@ -192,15 +176,44 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def is_image_token(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Where image tokens go, `(batch, length)`, bool: by the ids, or without them where `inputs_embeds` hold the embedding
+        of `config.image_token_id`.
+
+        Raises:
+            ValueError: without ids, if that id is outside the vocabulary and so has no embedding.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if self.config.image_token_id >= self.config.get_text_config().vocab_size:
+            raise ValueError(
+                f"`image_token_id` ({self.config.image_token_id}) is outside the vocabulary, so embeddings do not tell"
+                " where pictures go: give `input_ids` too, or `inputs_embeds` with the pictures in them."
+            )
+        token = torch.full((1,), self.config.image_token_id, device=inputs_embeds.device)  # type: ignore[union-attr]
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_text_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """
+        `(batch, length)` to `(batch, length, hidden_size)`. The placeholder's embedding is to be overwritten, so its id need
+        not be in the vocabulary.
+        """
+        token = self.config.image_token_id
+        if token >= self.config.get_text_config().vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == token, 0)
+        return self.get_input_embeddings()(input_ids)
+
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """
-        Where image tokens go.
+        Where image tokens go, as [`~LongLLaVAModel.is_image_token`].
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where not given, the positions of
-                `inputs_embeds` that hold the embedding of `config.image_token_id` are taken.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`).
             image_features (`torch.Tensor` of shape `(image tokens, hidden_size)`).
 
@@ -210,20 +223,10 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         Raises:
             ValueError: if there are more or fewer such positions than image tokens.
         """
-        if input_ids is None:
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        _check_image_tokens(mask, image_features)
+        mask = self.is_image_token(input_ids, inputs_embeds)
+        if not mask.is_meta:  # nothing to count where only shapes are computed
+            check_image_tokens(int(mask.sum()), image_features.shape[0])
         return mask.unsqueeze(-1).to(inputs_embeds.device)
-
-    def _embed_tokens(self, input_ids: Any) -> torch.Tensor:
-        # The placeholder's embedding is overwritten, so its id need not be in the vocabulary.
-        embeddings = self.get_input_embeddings()
-        if self.config.image_token_id >= embeddings.num_embeddings:
-            input_ids = torch.where(input_ids == self.config.image_token_id, 0, input_ids)
-        return embeddings(input_ids)
 
     @accepts_cache
     @can_return_tuple
@@ -256,20 +259,26 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        check_cache(cache)
         image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         if inputs_embeds is None:
-            inputs_embeds = self._embed_tokens(input_ids)
+            inputs_embeds = self.get_text_embeddings(input_ids)
         if pixel_values is not None and len(pixel_values):
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
-            image_features = _joined(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
+        if not isinstance(self.language_model, LongLLaVATextModel):
+            # Other decoders tell packed sequences by their positions alone, and only without a mask and a cache.
+            seq_idx = packed_sequences(inputs_embeds, attention_mask, position_ids, cache, kwargs)
+            if seq_idx is not None:
+                attention_mask, position_ids, kwargs["use_cache"] = None, positions_in_sequences(seq_idx), False
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -287,44 +296,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         )
 
 
-def default_chunk_size(device: str) -> int:
-    """Tokens of a prompt that are read at a time on such a device, unless told."""
-    return PREFILL_CHUNK_SIZES.get(device, PREFILL_CHUNK_SIZES["cuda"])
-
-
-def _check_padding(attention_mask: torch.Tensor | None) -> None:
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError(
-            "A context's prompts of different length must be padded on the left: each must end with a token."
-        )
-
-
-class _NeverSaid(LogitsProcessor):
-    """A token that is never generated."""
-
-    def __init__(self, token_id: int):
-        self.token_id = token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.token_id < scores.shape[-1]:
-            scores = scores.index_fill(-1, torch.tensor([self.token_id], device=scores.device), float("-inf"))
-        return scores  # type: ignore[return-value]
-
-
-def _as_encoder_outputs(features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
-    """Image tokens in the form that `mm_encoder_outputs` has."""
-    return {"image": BaseModelOutputWithPooling(pooler_output=[features])}  # type: ignore[arg-type]
-
-
-def _reorder_last(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`tensor` of shape `(batch, length, ...)` with its last positions in the order `(batch, positions)`."""
-    tensor = tensor.expand(order.shape[0], *tensor.shape[1:])
-    index = order.view(*order.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
-    positions = order.shape[1]
-    return torch.cat([tensor[:, :-positions], tensor[:, -positions:].gather(1, index)], dim=1)
-
-
-class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixin):
+class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTrainedModel):
     """LongLLaVA with its language-modelling head: pictures and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -393,8 +365,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
         text_config: Any = self.config.get_text_config()
         if output_router_logits is None:
             output_router_logits = getattr(text_config, "output_router_logits", False)
-        if output_router_logits:  # a decoder without experts need not know the word
-            kwargs["output_router_logits"] = True
+        if isinstance(text_config, LongLLaVATextConfig):  # others need not know the word
+            kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -423,243 +395,6 @@ class LongLLaVAForConditionalGeneration(LongLLaVAPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE: get_cache(outputs)},
         )
-
-    def generate(self, *args, **kwargs):
-        """
-        As [`~GenerationMixin.generate`], and:
-
-        - `pixel_values` may be a [`LazyPixelValues`], whose pictures are decoded while those before are encoded;
-          `pixel_values=None` means that there are none. The tower sees `config.vision_batch_size` at a time.
-        - a prompt is read in chunks of `prefill_chunk_size` tokens (by default 4,096, on a CPU 512).
-        - `cache` (`past_key_values`) may hold the beginning of the conversation, which the inputs repeat or leave out. If anything
-          goes wrong, or is interrupted, it is left as it was.
-        """
-        kwargs.update(zip(list(inspect.signature(GenerationMixin.generate).parameters)[1:], args))
-        images = ("pixel_values", "mm_encoder_outputs")
-        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in images}
-        cache, attention_mask = take_cache(kwargs), kwargs.get("attention_mask")
-        if cache is not None:
-            kwargs[CACHE] = cache
-        if isinstance(cache, LongLLaVACache):
-            _check_padding(attention_mask)
-        was_empty = cache is not None and cache.get_seq_length() == 0
-        with all_or_nothing(cache):
-            with torch.no_grad():
-                features = self._encode_images(kwargs)
-            inputs_embeds = kwargs.get("inputs_embeds")
-            if features is not None and inputs_embeds is not None:
-                # Only embeddings say where pictures go: put them there before anything is cut or copied.
-                features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-                mask = self.model.get_placeholder_mask(None, inputs_embeds, features)
-                kwargs["inputs_embeds"] = inputs_embeds.masked_scatter(mask, features)
-            elif features is not None:
-                kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
-            # Said, the placeholder would stand for a picture that is not there.
-            never = _NeverSaid(self.config.image_token_id)
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), never])
-            outputs = super().generate(**kwargs)
-            if isinstance(cache, LongLLaVACache):
-                sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
-                known = inputs_embeds is None and (was_empty or cache.input_ids is not None)
-                input_ids = kwargs.get("input_ids", kwargs.get("inputs")) if known else None
-                cache.note_answer(input_ids, sequences, features, attention_mask)
-        return outputs
-
-    @accepts_cache
-    @torch.no_grad()
-    def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor | LazyPixelValues | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: LongLLaVACache | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        prefill_chunk_size: int | None = None,
-    ) -> LongLLaVACache:
-        """
-        Read a prompt and answer nothing yet.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): what to read; with `cache`, only what
-                comes after it, or all of it again.
-            pixel_values, attention_mask, mm_encoder_outputs: as for [`~LongLLaVAForConditionalGeneration.forward`].
-            cache ([`LongLLaVACache`], *optional*): a context that is to be continued, in place.
-            prefill_chunk_size (`int`, *optional*): tokens to read at a time (by default 4,096, on a CPU 512).
-
-        Returns:
-            [`LongLLaVACache`]: for `generate(cache=...)`, which adds to it; `copy.deepcopy` branches it. It can
-            be kept with [`~LongLLaVACache.save`].
-
-        Raises:
-            ValueError: as `forward`, or if there is nothing to read. The context is then as it was.
-        """
-        _check_padding(attention_mask)
-        cache = LongLLaVACache(config=self.config) if cache is None else cache
-        model_kwargs = {
-            "pixel_values": pixel_values,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "attention_mask": attention_mask,
-            CACHE: cache,
-            "use_cache": True,
-        }
-        generation_config = GenerationConfig(prefill_chunk_size=prefill_chunk_size)
-        with all_or_nothing(cache):
-            features = self._encode_images(model_kwargs)
-            if features is not None:
-                model_kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
-            self._prefill(input_ids, generation_config, model_kwargs)
-            cache.note_inputs(input_ids, features, attention_mask)
-        return cache
-
-    def _encode_images(self, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """
-        Take the pictures out of `generate`'s arguments, as pixels or already encoded: `(image tokens, hidden_size)`. Of
-        the tower's outputs nothing else stays in memory.
-        """
-        image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and len(pixel_values) == 0:
-            pixel_values = None
-        if pixel_values is not None and image_outputs is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        if pixel_values is None:
-            return None if image_outputs is None else _joined(image_outputs.pooler_output)
-        features: Any = None
-        done = 0
-        for batch in _batches(pixel_values, self.config.vision_batch_size):
-            outputs: Any = self.get_image_features(batch, return_dict=True)
-            encoded = torch.stack(outputs.pooler_output)
-            if features is None:
-                features = encoded.new_empty(len(pixel_values), *encoded.shape[1:])
-            features[done : done + len(batch)] = encoded
-            done += len(batch)
-            del batch, outputs, encoded
-        if done != len(pixel_values):
-            raise ValueError(f"`pixel_values` should hold {len(pixel_values)} pictures, but {done} came.")
-        return features.flatten(0, 1)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Key difference to most models: the first dimension of `pixel_values` is not the batch. Each copy of a row needs
-        # all of that row's images again, in their order; encoded, they are only referred to several times.
-        features = None
-        if expand_size > 1:
-            features = self._encode_images(model_kwargs)
-        if features is not None:
-            is_image = input_ids == self.config.image_token_id
-            _check_image_tokens(is_image, features)
-            rows = features.split(is_image.sum(-1).tolist())
-            features = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if features is not None:
-            model_kwargs["mm_encoder_outputs"] = _as_encoder_outputs(features)
-        return input_ids, model_kwargs
-
-    @staticmethod
-    def _place_after(model_kwargs: dict[str, Any], attention_mask, past_length: int, length: int) -> None:
-        """`generate` counts from 0 where inputs are only what is new; decoders that embed positions go on from the past."""
-        position_ids = model_kwargs.get("position_ids")
-        if not past_length or position_ids is None or position_ids.shape[-1] != length or position_ids.min() > 0:
-            return
-        if attention_mask is not None:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        else:
-            positions = torch.arange(past_length + length, device=position_ids.device)[None]
-        model_kwargs["position_ids"] = positions.expand(position_ids.shape[0], -1)
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """
-        As [`~GenerationMixin._prefill`], with three differences: chunks know which images are theirs, on every
-        Transformers release; a cache that already holds the beginning of the conversation is continued, whether the
-        inputs repeat that beginning or not; and only images that are not in that cache yet are used.
-        """
-        cache = model_kwargs.get(CACHE)
-        if cache is None or not is_first_iteration:
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-        features = self._encode_images(model_kwargs)
-        inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-        sequence = input_ids if inputs_embeds is None else inputs_embeds
-        length, past_length = sequence.shape[1], cache.get_seq_length()
-        if past_length and cache_rows(cache) != sequence.shape[0]:
-            raise ValueError(
-                f"The cache holds {cache_rows(cache)} sequences, but {sequence.shape[0]} are to be continued (beams and"
-                " `num_return_sequences` are sequences, too)."
-            )
-        if attention_mask is not None:
-            total = attention_mask.shape[1]
-        else:
-            total = getattr(generation_config, "_mask_length", past_length + length)
-        # Inputs as long as the mask repeat what is cached; shorter ones are only what is new. A context that knows its
-        # tokens can tell by them.
-        start = past_length if total == length or inputs_embeds is not None else 0
-        if isinstance(cache, LongLLaVACache) and cache.input_ids is not None and inputs_embeds is None:
-            start = past_length if cache.is_repeated_by(input_ids) else 0
-            total = past_length - start + length
-            if attention_mask is None and cache.attention_mask is not None:
-                attention_mask = torch.ones_like(input_ids[:, start:])
-            if attention_mask is not None and attention_mask.shape[1] < total:
-                attention_mask = torch.cat([cache.mask_of(attention_mask), attention_mask], dim=1)
-                model_kwargs["attention_mask"] = attention_mask
-        if length <= start:
-            raise ValueError(
-                f"The cache holds {past_length} tokens, and the inputs, {length} tokens, add none to them."
-            )
-        self._place_after(model_kwargs, attention_mask, past_length if start == 0 else 0, length)
-        if attention_mask is not None and attention_mask.all():
-            # Said once, so that nobody looks at it for every token.
-            attention_mask = None
-            model_kwargs.pop("attention_mask")
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            # What is generated follows the last position, so among the new positions padding goes before tokens.
-            order = torch.argsort(attention_mask[:, start - length :].bool(), dim=-1, stable=True)
-            if inputs_embeds is None:
-                input_ids = _reorder_last(input_ids, order)
-            for name in ("inputs_embeds", "attention_mask", "position_ids"):
-                if model_kwargs.get(name) is not None:
-                    model_kwargs[name] = _reorder_last(model_kwargs[name], order)
-        model_kwargs = dict(model_kwargs)
-        inputs_embeds = model_kwargs.pop("inputs_embeds", None)
-        attention_mask = model_kwargs.pop("attention_mask", None)
-        position_ids = model_kwargs.pop("position_ids", None)
-
-        if features is not None:
-            is_image = input_ids == self.config.image_token_id
-            if int(is_image.sum()) != features.shape[0]:  # then they must be those of the new part alone
-                is_image[:, :start] = False
-            _check_image_tokens(is_image, features)
-            if isinstance(cache, LongLLaVACache) and len(is_image) == 1:
-                cache.check_images(features[: int(is_image[:, :start].sum())])
-            row_of = is_image.flatten().cumsum(0).view_as(is_image) - 1
-
-        if getattr(generation_config, "num_beams", 1) in (None, 1):  # beams are reordered, which is a copy anyway
-            room = min(getattr(generation_config, "max_length", None) or length, length + _ROOM_FOR_AN_ANSWER)
-            make_room(cache, past_length - start + room)
-        step = generation_config.prefill_chunk_size or default_chunk_size(sequence.device.type)
-        progress = logging.tqdm(
-            total=length - start, desc="Prefilling", unit=" tokens", leave=False, disable=step >= length - start
-        )
-        for begin in range(start, length, step):
-            end = min(begin + step, length)
-            seen = past_length + end - start
-            chunk_kwargs = dict(model_kwargs)
-            if inputs_embeds is not None:
-                chunk_kwargs["inputs_embeds"] = inputs_embeds[:, begin:end]
-            if attention_mask is not None:
-                chunk_kwargs["attention_mask"] = attention_mask[:, :seen]
-            if position_ids is not None:
-                chunk_kwargs["position_ids"] = position_ids[..., :seen]
-            chunk = input_ids[:, begin:end] if inputs_embeds is None else input_ids
-            model_inputs = self.prepare_inputs_for_generation(chunk, is_first_iteration=True, **chunk_kwargs)
-            if features is not None:
-                mine = features[row_of[:, begin:end][is_image[:, begin:end]]]
-                if len(mine):
-                    model_inputs["mm_encoder_outputs"] = _as_encoder_outputs(mine)
-            outputs = self(**model_inputs, return_dict=True)
-            progress.update(end - begin)
-        progress.close()
-        return outputs
 
 
 __all__ = ["LongLLaVAForConditionalGeneration", "LongLLaVAModel", "LongLLaVAPreTrainedModel", "pool_patches"]

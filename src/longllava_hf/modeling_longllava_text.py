@@ -16,8 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -29,10 +28,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_longllava import LongLLaVACache
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .generation_longllava import LongLLaVAGenerationMixin
 from .grouped_linear_longllava import planned_device
 from .quantization_longllava import (
     LongLLaVAInt8Linear,
@@ -214,7 +215,9 @@ class LongLLaVAAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
-        if attention_mask is None and self.config._attn_implementation == "sdpa":
+        # A cache of fixed size holds positions that are not used yet.
+        is_growing = not getattr(cache, "is_compileable", False)
+        if attention_mask is None and is_growing and self.config._attn_implementation == "sdpa":
             attn_output = causal_attention(
                 query, key, value, self.scaling, self.attention_dropout if self.training else 0.0
             )
@@ -237,13 +240,13 @@ class LongLLaVAAttention(nn.Module):
 
 class LongLLaVATimeStepProjection(nn.Linear):
     """
-    A linear layer that leaves its bias to the scan, which adds it in float32: step sizes are small differences between
-    the two, and bfloat16 would lose one or two percent of each. Being a module that is called, it can be wrapped by
-    adapters.
+    A linear layer whose bias is added in float32, and whose output is float32 then: step sizes are small differences
+    between the two, and bfloat16 would lose one or two percent of each.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.weight)
+        output = nn.functional.linear(hidden_states, self.weight)
+        return (output if output.dtype == torch.float64 else output.float()).add_(self.bias)
 
 
 class LongLLaVAMambaMixer(nn.Module):
@@ -280,18 +283,11 @@ class LongLLaVAMambaMixer(nn.Module):
 
     def _past_states(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; none where nothing is cached."""
-        layer: Any = cache.layers[self.layer_idx] if cache is not None else None
-        if layer is None or not layer.has_previous_state[0]:
+        if cache is None:
             return None, None
-        states = layer.conv_states[0], layer.recurrent_states[0]
+        states = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
         # The cache overwrites its states in place, but the backward pass needs them as they are now.
-        return tuple(state.clone() for state in states) if torch.is_grad_enabled() else states
-
-    def _deferred_bias(self) -> torch.Tensor | None:
-        """The bias that `dt_proj` left to the scan; none where a quantiser put a plain linear layer in its place."""
-        dt_proj = self.dt_proj.get_base_layer() if hasattr(self.dt_proj, "get_base_layer") else self.dt_proj
-        with loaded(dt_proj):
-            return dt_proj.bias if isinstance(dt_proj, LongLLaVATimeStepProjection) else None
+        return tuple(x.clone() if x is not None and torch.is_grad_enabled() else x for x in states)
 
     def _last_inputs(self, x: torch.Tensor, conv_state: torch.Tensor | None, padding: Padding | None) -> torch.Tensor:
         """The state of the convolution after `x`: its last `conv_kernel_size` inputs, up to each row's last token."""
@@ -353,7 +349,6 @@ class LongLLaVAMambaMixer(nn.Module):
             C,
             D=self.D,
             z=gate,
-            delta_bias=self._deferred_bias(),
             delta_softplus=True,
             initial_state=recurrent_state,
             seq_idx=seq_idx,
@@ -428,13 +423,16 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    # A recurrent state cannot be rolled back, so `generate` refuses assisted decoding.
-    _is_stateful = True
     _can_record_outputs = {
         "hidden_states": LongLLaVADecoderLayer,
         "attentions": LongLLaVAAttention,
         "router_logits": OutputRecorder(LongLLaVATopKRouter, index=0),
     }
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # A recurrent state cannot be rolled back, so `generate` refuses assisted decoding.
+        self._is_stateful = "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -457,8 +455,7 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
             init.ones_(module.D)
             # Step sizes between 0.001 and 0.1 (arXiv 2312.00752, section 3.6), through the inverse of the softplus.
             steps = torch.exp(torch.empty(module.intermediate_size).uniform_(math.log(1e-3), math.log(1e-1)))
-            if (bias := module._deferred_bias()) is not None:
-                init.copy_(bias, steps + torch.log(-torch.expm1(-steps)))
+            init.copy_(module.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))
         elif isinstance(module, LongLLaVATopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
 
@@ -511,10 +508,49 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
         return load_published_checkpoint(load, model, state_dict, checkpoint_files, load_config, **kwargs)
 
 
-def _positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
-    """Each token's place in its sequence, from the number of that sequence; both `(batch, length)`."""
-    places = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    return places - torch.where(starts_anew(seq_idx), places, 0).cummax(dim=1).values
+def positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Each token's position in its sequence, from the number of that sequence; both `(batch, length)`."""
+    positions = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    return positions - torch.where(starts_anew(seq_idx), positions, 0).cummax(dim=1).values
+
+
+def packed_sequences(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """
+    Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one. It is told by `seq_idx`
+    (taken out of `kwargs`), by `cu_seq_lens_q`, or by positions that begin anew where there is neither mask nor cache.
+
+    Raises:
+        ValueError: for packed sequences with padding or with a cache.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
+    if seq_idx is None and bounds is not None:
+        positions = torch.arange(length, device=bounds.device)
+        seq_idx = torch.searchsorted(bounds[1:].contiguous(), positions.to(bounds.dtype), right=True)[None]
+    if seq_idx is None:
+        is_told = position_ids is not None and attention_mask is None and cache is None
+        if not is_told or is_torchdynamo_compiling():
+            return None
+        return find_packed_sequence_indices(position_ids.expand(batch, -1))  # type: ignore[union-attr]
+    if cache is not None or (attention_mask is not None and not attention_mask.all()):
+        what = "padding" if cache is None else "a cache"
+        raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
+    return seq_idx.to(inputs_embeds.device).expand(batch, -1)
+
+
+def check_cache(cache: Any) -> None:
+    """Raises `ValueError` for anything but a cache, such as a context."""
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`cache` must be a `Cache`, but is a {type(cache).__name__}. A context is read by `prefill` and `generate`;"
+            " a loop of your own takes a copy of its cache."
+        )
 
 
 class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
@@ -532,25 +568,10 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _packed_sequences(self, inputs_embeds, attention_mask, position_ids, cache, kwargs: dict[str, Any]):
-        """Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one."""
-        batch, length = inputs_embeds.shape[:2]
-        seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
-        if seq_idx is None and bounds is not None:
-            places = torch.arange(length, device=bounds.device)
-            seq_idx = torch.searchsorted(bounds[1:].contiguous(), places.to(bounds.dtype), right=True)[None]
-        if seq_idx is None:
-            is_told = position_ids is not None and attention_mask is None and cache is None
-            if not is_told or is_torchdynamo_compiling():
-                return None
-            return find_packed_sequence_indices(position_ids.expand(batch, -1))
-        if cache is not None or (attention_mask is not None and not attention_mask.all()):
-            what = "padding" if cache is None else "a cache"
-            raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
-        return seq_idx.to(inputs_embeds.device).expand(batch, -1)
-
     def _needs_no_mask(self, attention_mask: torch.Tensor | None, length: int, cache: Cache | None) -> bool:
         """Whether what is causal about attention is all there is to know."""
+        if "full_attention" not in self.config.layer_types:
+            return True
         if self.config._attn_implementation != "sdpa" or getattr(cache, "is_compileable", False):
             return False
         if attention_mask is None:
@@ -593,15 +614,16 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        check_cache(cache)
         length = inputs_embeds.shape[1]
-        past_length = cache.get_seq_length() if cache is not None else 0
-        seq_idx = self._packed_sequences(inputs_embeds, attention_mask, position_ids, cache, kwargs)
+        seq_idx = packed_sequences(inputs_embeds, attention_mask, position_ids, cache, kwargs)  # type: ignore[arg-type]
         if seq_idx is not None:
             use_cache, attention_mask = False, None
-            position_ids = _positions_in_sequences(seq_idx)
+            position_ids = positions_in_sequences(seq_idx)
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = LongLLaVACache(self.config)
         if position_ids is None:
+            past_length = 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         # `generate` prepares the masks itself where the cache has a fixed size.
@@ -655,7 +677,7 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     return hidden_states[:, positions, :]
 
 
-class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
+class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedModel):
     """The decoder with its head, for text alone. Loads Jamba checkpoints too."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -723,4 +745,13 @@ class LongLLaVAForCausalLM(LongLLaVATextPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["LongLLaVAForCausalLM", "LongLLaVATextModel", "LongLLaVATextPreTrainedModel"]
+__all__ = [
+    "LongLLaVAForCausalLM",
+    "LongLLaVATextModel",
+    "LongLLaVATextPreTrainedModel",
+    "check_cache",
+    "packed_sequences",
+    "positions_in_sequences",
+    "router_aux_loss",
+    "select_positions",
+]

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_longllava import PreallocatedLayer, make_room
+from .cache_longllava import LongLLaVACache, PreallocatedLayer
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .generation_longllava import default_chunk_size
 from .grouped_linear_longllava import planned_device
-from .modeling_longllava import LongLLaVAForConditionalGeneration, default_chunk_size
+from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .quantization_longllava import (
     BITS,
     LongLLaVAInt8Config,
@@ -211,7 +210,7 @@ class MemoryPlanner:
         return {"KV cache": self._kv_bytes_a_token * tokens, "Mamba states": self._state_bytes}
 
     def _measure_cache(self) -> tuple[int, int]:
-        cache = DynamicCache(config=self.model.config)
+        cache = LongLLaVACache(self.model.config)
         with torch.no_grad(), self._as_on_the_device():
             self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(cache.layers)
@@ -237,39 +236,33 @@ class MemoryPlanner:
         return torch.empty(1, length, hidden_size, dtype=self.dtype, device="meta")
 
     def tower_peak(self, images: int) -> int:
-        """Bytes of the vision tower's and the projector's largest activations, besides what they return."""
+        """Bytes of the vision tower's and the projector's largest activations."""
         if images == 0:
             return 0
         images = min(images, self.config.vision_batch_size)  # they see no more at a time
         size = self.config.vision_config.image_size
         pixels = torch.empty(images, 3, size, size, dtype=self.dtype, device="meta")
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
-            features: Any = self.model._encode_images({"pixel_values": pixels})
-        return tracker.peak - features.nbytes
+            torch.stack(tuple(self.model.get_image_features(pixels, return_dict=True).pooler_output))
+        return tracker.peak
 
     def prefill_peak(self, images: int) -> int:
         """Bytes of the decoder's largest activations, while it reads the last chunk of a prompt with so many images."""
         tokens = self.tokens(images)
         chunk = min(tokens, self.prefill_chunk_size)
-        image_tokens = min(images * self.config.image_seq_length, chunk)
-        cache = DynamicCache(config=self.model.config)
+        # With pictures a chunk is part of the prompt's embeddings, which are counted apart.
+        inputs = {"inputs_embeds": self._embeddings(chunk)} if images else {}
+        cache = LongLLaVACache(self.model.config, capacity=tokens)
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
-            make_room(cache, tokens)
             self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
             for layer in cache.layers:
                 if isinstance(layer, PreallocatedLayer):
                     layer.keys, layer.values = (
-                        layer.rooms[name][..., : tokens - chunk, :] for name in ("keys", "values")
+                        layer.buffers[name][..., : tokens - chunk, :] for name in ("keys", "values")
                     )
             tracker.peak = tracker.live
-            features: Any = [self._embeddings(image_tokens)[0]]
-            outputs = self.model(
-                input_ids=torch.empty(1, chunk, dtype=torch.long, device="meta"),
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)} if images else None,
-                cache=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            inputs = inputs or {"input_ids": torch.empty(1, chunk, dtype=torch.long, device="meta")}
+            outputs = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
             del outputs
             kept = sum(map(_layer_bytes, cache.layers))
         return tracker.peak - kept + (self._largest_matrix() if self.quantization == "nf4" else 0)
@@ -286,11 +279,11 @@ class MemoryPlanner:
         if images in self._plans:
             return self._plans[images]
         config, tokens = self.config, self.tokens(images)
-        element = self.dtype.itemsize
+        element, prompt = self.dtype.itemsize, tokens - self.max_new_tokens
         cache = self.cache_bytes(tokens)
         items = {
             "pixel values": images * 3 * config.vision_config.image_size**2 * element,
-            "image features": images * config.image_seq_length * config.get_text_config().hidden_size * element,
+            "prompt embeddings": prompt * config.get_text_config().hidden_size * element if images else 0,
             "token ids and mask": 2 * 8 * tokens,
             **cache,
             # While the tower works nothing is cached yet.

@@ -76,7 +76,7 @@ def profile_decoding(model: Any, context: int = 1024, new_tokens: int = 32) -> d
         raise ValueError(f"At least 1 token must be read and generated, but `{context=}` and `{new_tokens=}`.")
     low, high = model.config.image_token_id + 1, model.config.get_text_config().vocab_size
     ids = torch.randint(min(low, high - 1), high, (1, context), device=model.device)
-    cache = model.prefill(input_ids=ids)
+    cache = model.prefill(input_ids=ids).cache
 
     def generate(count: int) -> None:
         for _ in range(count):

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from longllava_hf import LongLLaVACache, LongLLaVAForConditionalGeneration, cli
-from longllava_hf.cache_longllava import PreallocatedLayer, all_or_nothing, context_metadata, make_room
+from longllava_hf import LongLLaVACache, LongLLaVAContext, LongLLaVAForConditionalGeneration, cli
+from longllava_hf.cache_longllava import PreallocatedLayer, restored_on_error
+from longllava_hf.context_longllava import context_metadata
 
 from .conftest import small_config
 from .test_longllava_tiny import DIGITS, FILM, FILM_DIGIT
@@ -25,6 +26,7 @@ def prompt(images: int = 3, tail: int = 9, seed: int = 0) -> dict[str, torch.Ten
 
 
 def states(cache) -> list[torch.Tensor]:
+    cache = getattr(cache, "cache", cache)
     tensors = []
     for layer in cache.layers:
         for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
@@ -92,7 +94,7 @@ def test_a_layer_in_training():
 
 @torch.no_grad()
 def test_generating_copies_no_keys(small_model):
-    inputs, cache = prompt(), DynamicCache(config=small_model.config)
+    inputs, cache = prompt(), LongLLaVACache(small_model.config)
     addresses = set()
     hook = small_model.register_forward_hook(lambda *_: addresses.add(cache.layers[4].keys.data_ptr()))
     small_model.generate(**inputs, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False)
@@ -101,8 +103,7 @@ def test_generating_copies_no_keys(small_model):
 
 
 def test_copies_are_apart():
-    cache = DynamicCache(config=small_config().text_config)
-    make_room(cache, 30)
+    cache = LongLLaVACache(small_config(), capacity=30)
     new = torch.randn(1, 2, 5, 8)
     cache.update(new, new, 4)
     branch = copy.deepcopy(cache)
@@ -115,17 +116,18 @@ def test_copies_are_apart():
 # Interruption
 
 
-@pytest.mark.parametrize("kind", [DynamicCache, LongLLaVACache])
+@pytest.mark.parametrize("kind", ["DynamicCache", "LongLLaVACache", "context"])
 @pytest.mark.parametrize("is_empty", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interruption_leaves_nothing_behind(small_model, kind, is_empty, error):
-    cache = kind(config=small_model.config)
+    caches = {"DynamicCache": DynamicCache, "LongLLaVACache": LongLLaVACache}
+    cache = small_model.new_context() if kind == "context" else caches[kind](config=small_model.config)
     first, second = prompt(2), prompt(3, seed=1)
     ids = second["input_ids"]
     if not is_empty:
         small_model.generate(**first, past_key_values=cache, max_new_tokens=1, do_sample=False)
         ids = torch.cat([first["input_ids"], ids], dim=1)
-    before, length = states(cache), cache.get_seq_length()
+    before, length = states(cache), getattr(cache, "cache", cache).get_seq_length()
     calls = []
 
     def stop(*args):
@@ -144,7 +146,7 @@ def test_an_interruption_leaves_nothing_behind(small_model, kind, is_empty, erro
             **arguments,
         )
     hook.remove()
-    assert cache.get_seq_length() == length
+    assert getattr(cache, "cache", cache).get_seq_length() == length
     assert_same(states(cache), before)
     again = small_model.generate(
         input_ids=ids, pixel_values=second["pixel_values"], past_key_values=cache, **arguments
@@ -155,7 +157,7 @@ def test_an_interruption_leaves_nothing_behind(small_model, kind, is_empty, erro
 
 def test_nothing_is_undone_that_went_well():
     cache = DynamicCache(config=small_config().text_config)
-    with all_or_nothing(cache):
+    with restored_on_error(cache):
         cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 4)
     assert cache.get_seq_length() == 3
 
@@ -170,11 +172,11 @@ def test_a_context_answers_like_the_whole_prompt(small_model, tmp_path, repeats,
     ids, cut = inputs["input_ids"], 31
     context = small_model.prefill(ids[:, :cut], inputs["pixel_values"][:2], prefill_chunk_size=8)
     context.save(tmp_path / "x.ctx", small_model)
-    again = LongLLaVACache.load(tmp_path / "x.ctx", small_model)
+    again = LongLLaVAContext.load(tmp_path / "x.ctx", small_model)
     assert_same(states(context), states(again))
     assert again.inputs_digest == context.inputs_digest and torch.equal(again.input_ids, ids[:, :cut])
     before = states(context)
-    for cache in (copy.deepcopy(context), again):
+    for cache in (context.branch(), again):
         new = ids if repeats else ids[:, cut:]
         mask = {"attention_mask": torch.ones_like(new)} if masked else {}
         pixels = inputs["pixel_values"] if repeats else inputs["pixel_values"][2:]
@@ -193,7 +195,7 @@ def test_a_context_is_continued(small_model):
     digest = parts.inputs_digest
     assert small_model.prefill(ids[:, 20:40], pixels[1:3], past_key_values=parts) is parts
     small_model.prefill(ids, pixels[3:], past_key_values=parts)  # all ids again
-    assert torch.equal(parts.input_ids, ids) and parts.get_seq_length() == ids.shape[1]
+    assert torch.equal(parts.input_ids, ids) and parts.num_tokens == ids.shape[1]
     assert parts.inputs_digest != digest
     for one, other in zip(states(whole), states(parts)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -225,7 +227,7 @@ def test_padded_rows_over_several_turns(small_model, begin):
     mask[0, :4] = 0
     ids = torch.randint(6, 120, (2, 9), generator=generator)
     answers = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    cache = LongLLaVACache(config=small_model.config)
+    cache = small_model.new_context()
     whole, whole_mask = ids, mask
     if begin == "prefill":
         small_model.prefill(ids, attention_mask=mask, past_key_values=cache)
@@ -234,7 +236,7 @@ def test_padded_rows_over_several_turns(small_model, begin):
         whole_mask = torch.nn.functional.pad(mask, (0, 4), value=1)
     for turn, new_tokens in enumerate((3, 21, 2)):
         new = torch.randint(6, 120, (2, new_tokens), generator=generator)
-        known = cache.get_seq_length()
+        known = cache.num_tokens
         whole = torch.cat([whole, new], dim=1)
         whole_mask = torch.nn.functional.pad(whole_mask, (0, new_tokens), value=1)
         given = {"input_ids": whole[:, known:]}
@@ -245,7 +247,7 @@ def test_padded_rows_over_several_turns(small_model, begin):
         output = small_model.generate(**given, past_key_values=cache, **answers)
         expected = small_model.generate(whole, attention_mask=whole_mask, **answers)
         assert torch.equal(output[:, -4:], expected[:, -4:])
-        assert cache.get_seq_length() == expected.shape[1] - 1
+        assert cache.num_tokens == expected.shape[1] - 1
         whole, whole_mask = expected, torch.nn.functional.pad(whole_mask, (0, 4), value=1)
     assert torch.equal(cache.attention_mask, whole_mask[:, :-1])
 
@@ -275,7 +277,7 @@ def test_another_decoder_has_contexts_too(tmp_path, chunk):
     model.prefill(ids[:, :32], inputs["pixel_values"][:2], prefill_chunk_size=16).save(tmp_path / "x", model)
     for new, pixels in ((ids, inputs["pixel_values"]), (ids[:, 32:], inputs["pixel_values"][2:])):
         for mask in ({}, {"attention_mask": torch.ones_like(new)}):
-            context = LongLLaVACache.load(tmp_path / "x", model)
+            context = LongLLaVAContext.load(tmp_path / "x", model)
             found = model.generate(
                 new, pixel_values=pixels, past_key_values=context, prefill_chunk_size=chunk, **mask, **options
             )
@@ -287,17 +289,17 @@ def test_other_pictures_are_not_taken_for_those_in_a_context(small_model):
     inputs = prompt(2)
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
     context = small_model.prefill(ids[:, :-3], pixels)
-    small_model.generate(ids, pixel_values=pixels, past_key_values=copy.deepcopy(context), max_new_tokens=2)
+    small_model.generate(ids, pixel_values=pixels, past_key_values=context.branch(), max_new_tokens=2)
     with pytest.raises(ValueError, match="repeat the context's tokens, but not its pictures"):
         small_model.generate(ids, pixel_values=pixels.flip(0), past_key_values=context, max_new_tokens=2)
-    assert context.get_seq_length() == ids.shape[1] - 3
+    assert context.num_tokens == ids.shape[1] - 3
 
 
 def test_a_context_forgets_when_it_is_reset(small_model):
     inputs = prompt()
     context = small_model.prefill(**inputs)
     context.reset()
-    assert context.input_ids is None and context.image_sums is None and context.get_seq_length() == 0
+    assert context.input_ids is None and context.image_hashes == [] and context.num_tokens == 0
     words = torch.tensor([[7, 8, 9, 10]])
     first = small_model.generate(words, past_key_values=context, max_new_tokens=3, do_sample=False)
     assert torch.equal(first, small_model.generate(words, max_new_tokens=3, do_sample=False))
@@ -305,7 +307,7 @@ def test_a_context_forgets_when_it_is_reset(small_model):
 
 def test_more_sequences_than_a_context_has(small_model):
     inputs = prompt()
-    for options in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+    for options in ({"num_beams": 2, "num_return_sequences": 2}, {"num_return_sequences": 2, "do_sample": True}):
         context = small_model.prefill(**inputs)
         with pytest.raises(ValueError, match="holds 1 sequences, but 2 are to be continued"):
             small_model.generate(torch.tensor([[7, 8]]), past_key_values=context, max_new_tokens=2, **options)
@@ -314,34 +316,34 @@ def test_more_sequences_than_a_context_has(small_model):
 def test_contexts_of_others_are_refused(small_model, tmp_path, tiny_processor):
     file = tmp_path / "x.ctx"
     small_model.prefill(**prompt()).save(file, small_model, tiny_processor)
-    LongLLaVACache.load(file, small_model, tiny_processor)
+    LongLLaVAContext.load(file, small_model, tiny_processor)
 
     torch.manual_seed(1)
     other = LongLLaVAForConditionalGeneration(small_config())
     with pytest.raises(
         ValueError, match=r"x.ctx` is of another model: its fingerprint is \w{12}, and that of the model"
     ):
-        LongLLaVACache.load(file, other)
+        LongLLaVAContext.load(file, other)
     changed = copy.deepcopy(small_model)
     with torch.no_grad():
         changed.lm_head.weight[:, 1] += 1
     with pytest.raises(ValueError, match="of another model"):
-        LongLLaVACache.load(file, changed)
+        LongLLaVAContext.load(file, changed)
     changed = copy.deepcopy(small_model)
     changed.config.text_config.rms_norm_eps = 1e-3
     with pytest.raises(ValueError, match="of another model"):
-        LongLLaVACache.load(file, changed)
+        LongLLaVAContext.load(file, changed)
     with pytest.raises(ValueError, match="of another model"):
-        LongLLaVACache.load(file, copy.deepcopy(small_model).to(torch.bfloat16))
+        LongLLaVAContext.load(file, copy.deepcopy(small_model).to(torch.bfloat16))
     processor = copy.deepcopy(tiny_processor)
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match="of another processor"):
-        LongLLaVACache.load(file, small_model, processor)
+        LongLLaVAContext.load(file, small_model, processor)
 
     # How it is computed does not make it another one.
     changed = copy.deepcopy(small_model)
     changed.config.vision_batch_size, changed.config.text_config.scan_implementation = 3, "reference"
-    LongLLaVACache.load(file, changed)
+    LongLLaVAContext.load(file, changed)
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 0.999])
@@ -351,7 +353,7 @@ def test_a_truncated_context_is_refused(small_model, tmp_path, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises((OSError, ValueError), match=r"x.ctx` is (damaged or truncated|not a context)"):
-        LongLLaVACache.load(file, small_model)
+        LongLLaVAContext.load(file, small_model)
 
 
 def test_what_is_no_context(small_model, tmp_path):
@@ -360,11 +362,11 @@ def test_what_is_no_context(small_model, tmp_path):
     for name in ("weights.safetensors", "empty"):
         assert context_metadata(tmp_path / name) is None
         with pytest.raises(ValueError, match="not a context"):
-            LongLLaVACache.load(tmp_path / name, small_model)
+            LongLLaVAContext.load(tmp_path / name, small_model)
     with pytest.raises(FileNotFoundError):
-        LongLLaVACache.load(tmp_path / "none", small_model)
+        LongLLaVAContext.load(tmp_path / "none", small_model)
     with pytest.raises(ValueError, match="0 tokens"):
-        LongLLaVACache(config=small_model.config).save(tmp_path / "x", small_model)
+        small_model.new_context().save(tmp_path / "x", small_model)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "weights.safetensors"]
 
 
@@ -372,7 +374,7 @@ def test_a_context_file_is_plain_safetensors(small_model, tmp_path):
     small_model.prefill(**prompt()).save(tmp_path / "x.ctx", small_model)
     with safe_open(tmp_path / "x.ctx", framework="pt") as file:
         metadata = file.metadata()
-        assert metadata["format"] == "longllava_cache" and metadata["tokens"] == "48"
+        assert metadata["format"] == "longllava_context" and metadata["tokens"] == "48"
         assert "layers.4.keys" in file.keys() and "layers.0.recurrent_states.0" in file.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["x.ctx"]
 
