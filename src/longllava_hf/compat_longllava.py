@@ -30,10 +30,10 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     Take the cache out of keyword arguments, whichever name it has there.
 
     Raises:
-        ValueError: if both names hold one.
+        ValueError: if both names hold one, and not the same.
     """
     given = [arguments.pop(name, None) for name in _CACHE_NAMES]
-    if given[0] is not None and given[1] is not None:
+    if given[0] is not None and given[1] is not None and given[0] is not given[1]:
         raise ValueError("You cannot specify both `cache` and `past_key_values` at the same time.")
     return given[1] if given[0] is None else given[0]
 
@@ -61,12 +61,22 @@ def accepts_cache(function: Callable) -> Callable:
     return wrapper
 
 
+def recurrent_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The convolution's and the recurrent state of a layer; none where nothing is cached."""
+    if hasattr(cache, "get_conv_state"):
+        return cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
+    layer: Any = cache.layers[layer_idx]
+    return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else (None, None)
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes, also if accelerate keeps its weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    if (device := getattr(hook, "execution_device", None)) is not None:
-        return torch.device(device)
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
     return next((x.device for x in module.parameters()), torch.device("cpu"))
 
 
-__all__ = ["CACHE", "accepts_cache", "execution_device", "get_cache", "take_cache"]
+__all__ = ["CACHE", "accepts_cache", "execution_device", "get_cache", "recurrent_states", "take_cache"]

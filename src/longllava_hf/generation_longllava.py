@@ -198,7 +198,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             next_sequence_length = unread_tokens
         elif not is_first_iteration and cache is not None and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # which older releases go on giving
-        return super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -207,6 +207,9 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
+        if self._is_wrapped() and cache is not None:
+            model_inputs["past_key_values"] = cache  # PEFT 0.21 knows no other name
+        return model_inputs
 
     @accepts_cache
     @torch.no_grad()
@@ -418,7 +421,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
                 f"The cache holds {cache_rows(cache)} sequences, but {tokens.shape[0] * expand} are to be continued"  # type: ignore[arg-type]
                 " (beams and `num_return_sequences` are sequences, too)."
             )
-        if cache is None and config.use_cache is not False:
+        if cache is None and config.use_cache is not False and not _rolls_back(config, kwargs):
             cache = self._make_cache(config, prompt.length)
         ordered = prompt.padding_first()
         new = self._embed(ordered, start, *images)
@@ -448,7 +451,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         new = self._embed(whole, start, *images, context)
         if mask is None:
             whole.attention_mask = prompt.input_ids.new_ones(len(prompt.input_ids), context.num_tokens + new.length)
-        if kwargs.get("assistant_model") is not None or config.prompt_lookup_num_tokens:  # type: ignore[attr-defined]
+        if _rolls_back(config, kwargs):
             raise ValueError(
                 "Assisted decoding rolls its cache back, which a context does not follow; use a plain cache."
             )
@@ -459,7 +462,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         if mask is not None:
             mask = F.pad(new.attention_mask, (0, said.shape[1]), value=1)  # type: ignore[arg-type]
         if has_beams:  # of which the cache does not hold the best, so that is read
-            read = 0 if self._reads_whole(config, kwargs, context.cache) else new.length - 1
+            read = 0 if self._reads_whole(config, kwargs) else new.length - 1
             self._read(new.columns(read, new.length), context.cache, None)
             self._read(_Prompt(said, attention_mask=mask), context.cache, config.prefill_chunk_size)
         context.record(torch.cat([new.input_ids, said], dim=1), mask, new.image_hashes)  # type: ignore[list-item]
@@ -515,8 +518,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         """
         arguments = {**kwargs, "input_ids": prompt.input_ids, "inputs_embeds": prompt.inputs_embeds}
         arguments.update(attention_mask=prompt.attention_mask, position_ids=prompt.position_ids)
-        reads_whole = self._reads_whole(config, kwargs, cache)
-        unread = new.length if reads_whole else 1
+        reads_whole = cache is None or self._reads_whole(config, kwargs)
         last = new.inputs_embeds
         if prompt.inputs_embeds is not None:
             # Only what is unread is looked at.
@@ -540,16 +542,25 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             cache = copy.deepcopy(cache)
         if expand > before:
             cache.reorder_cache(torch.arange(rows).repeat_interleave(expand // before))  # type: ignore[arg-type]
-        arguments.update({CACHE: cache, "unread_tokens": unread})
+        arguments[CACHE] = cache
+        if not is_empty(cache):
+            arguments["unread_tokens"] = new.length if reads_whole else 1
         return super().generate(generation_config=config, **arguments)
 
-    def _reads_whole(self, config: GenerationConfig, kwargs: dict[str, Any], cache: Cache | None) -> bool:
-        """Whether Transformers' `generate` has to read the prompt: without a cache of ours, or as it reads in its own way."""
+    def _reads_whole(self, config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
+        """Whether Transformers' `generate` has to read the prompt, as it does so in a way of its own."""
         return_states = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
-        is_asked = any(kwargs.get(name) for name in ("assistant_model", "custom_generate", "synced_gpus"))
-        is_speculative = config.prompt_lookup_num_tokens or config.is_assistant  # type: ignore[attr-defined]
-        is_wrapped = "prepare_inputs_for_generation" in vars(self)  # by PEFT, which puts a prefix there
-        return bool(cache is None or return_states or is_asked or is_speculative or is_wrapped)
+        is_asked = any(kwargs.get(name) for name in ("custom_generate", "synced_gpus"))
+        return bool(return_states or is_asked or self._is_wrapped() or _rolls_back(config, kwargs))
+
+    def _is_wrapped(self) -> bool:
+        """Whether PEFT put a method of its own here, which gives `forward` a prompt or a prefix besides."""
+        return "prepare_inputs_for_generation" in vars(self)
+
+
+def _rolls_back(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether this is assisted decoding, of which the cache is Transformers' own business."""
+    return bool(kwargs.get("assistant_model") or config.prompt_lookup_num_tokens or config.is_assistant)  # type: ignore[attr-defined]
 
 
 def _infer_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor | None:

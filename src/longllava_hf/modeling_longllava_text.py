@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_longllava import LongLLaVACache
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
-from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
+from .compat_longllava import CACHE, accepts_cache, get_cache, recurrent_states, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .generation_longllava import LongLLaVAGenerationMixin
@@ -285,9 +285,11 @@ class LongLLaVAMambaMixer(nn.Module):
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; none where nothing is cached."""
         if cache is None:
             return None, None
-        states = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
-        # The cache overwrites its states in place, but the backward pass needs them as they are now.
-        return tuple(x.clone() if x is not None and torch.is_grad_enabled() else x for x in states)
+        conv_state, recurrent_state = recurrent_states(cache, self.layer_idx)
+        if conv_state is not None and torch.is_grad_enabled():
+            # The cache overwrites its states in place, but the backward pass needs them as they are now.
+            return conv_state.clone(), recurrent_state.clone()  # type: ignore[union-attr]
+        return conv_state, recurrent_state
 
     def _last_inputs(self, x: torch.Tensor, conv_state: torch.Tensor | None, padding: Padding | None) -> torch.Tensor:
         """The state of the convolution after `x`: its last `conv_kernel_size` inputs, up to each row's last token."""
@@ -568,6 +570,15 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _check_states(self, cache: Cache | None) -> None:
+        layers = [] if cache is None else [i for i, t in enumerate(self.config.layer_types) if t == "linear_attention"]
+        if any(i >= len(cache.layers) or not hasattr(cache.layers[i], "conv_states") for i in layers):  # type: ignore[union-attr]
+            raise ValueError(
+                f"The decoder has Mamba layers, for which this {type(cache).__name__} has no states: make it with the"
+                " model's configuration, `DynamicCache(config=model.config)`. A prefix of keys and values, as of PEFT's"
+                " prefix tuning, is none that they could begin with."
+            )
+
     def _needs_no_mask(self, attention_mask: torch.Tensor | None, length: int, cache: Cache | None) -> bool:
         """Whether what is causal about attention is all there is to know."""
         if "full_attention" not in self.config.layer_types:
@@ -615,6 +626,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         check_cache(cache)
+        self._check_states(cache)
         length = inputs_embeds.shape[1]
         seq_idx = packed_sequences(inputs_embeds, attention_mask, position_ids, cache, kwargs)  # type: ignore[arg-type]
         if seq_idx is not None:
@@ -628,9 +640,9 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
 
         # `generate` prepares the masks itself where the cache has a fixed size.
         masks = attention_mask if isinstance(attention_mask, dict) else None
-        padding = Padding.from_attention_mask(masks["linear_attention"] if masks else attention_mask, length)
+        padding = Padding.from_attention_mask(masks.get("linear_attention") if masks else attention_mask, length)
         if masks is not None:
-            causal_mask = masks["full_attention"]
+            causal_mask = masks.get("full_attention")
         elif seq_idx is None and self._needs_no_mask(attention_mask, length, cache):
             causal_mask = None
         else:
