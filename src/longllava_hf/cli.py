@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from . import TINY, __version__
 from .cache_longllava import LongLLaVACache, context_metadata
+from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
@@ -25,7 +26,7 @@ from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import LongLLaVAProcessor
 from .profiling import profile_decoding
 from .quantization_longllava import BITS, QUANTIZATIONS, named_quantization
-from .selective_scan_longllava import choose_scan, is_installed
+from .selective_scan_longllava import choose_scan
 
 
 @dataclass

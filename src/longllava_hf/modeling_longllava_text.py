@@ -29,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .causal_conv1d_longllava import causal_conv1d, sequence_starts
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .compat_longllava import CACHE, accepts_cache, get_cache, take_cache
 from .configuration_longllava import LongLLaVATextConfig
@@ -42,7 +43,7 @@ from .quantization_longllava import (
     scale_bytes,
     stored_quantization,
 )
-from .selective_scan_longllava import causal_conv1d, selective_scan, starts_anew
+from .selective_scan_longllava import selective_scan
 
 
 # What says where a configuration comes from.
@@ -514,7 +515,7 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
 def _positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
     """Each token's place in its sequence, from the number of that sequence; both `(batch, length)`."""
     places = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    return places - torch.where(starts_anew(seq_idx), places, 0).cummax(dim=1).values
+    return places - torch.where(sequence_starts(seq_idx), places, 0).cummax(dim=1).values
 
 
 class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
