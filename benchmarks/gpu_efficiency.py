@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
 from longllava_hf.causal_conv1d_longllava import is_installed
+from longllava_hf.int8_longllava import LongLLaVAInt8Linear
 from longllava_hf.plan import build_on_meta, published_shape
-from longllava_hf.quantization_longllava import LongLLaVAInt8Linear
 from longllava_hf.selective_scan_longllava import selective_scan
 
 

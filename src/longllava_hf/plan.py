@@ -22,16 +22,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .cache_longllava import PreallocatedLayer, make_room
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
-from .modeling_longllava import LongLLaVAForConditionalGeneration, default_chunk_size
-from .quantization_longllava import (
+from .int8_longllava import (
     BITS,
-    LongLLaVAInt8Config,
-    LongLLaVAInt8HfQuantizer,
     bits_of,
     convertible_layers,
+    replace_linear_layers,
     stored_quantization,
     weight_bytes,
 )
+from .modeling_longllava import LongLLaVAForConditionalGeneration, default_chunk_size
 
 
 # What is around the pictures in a prompt: two tags and a line break each, and a question.
@@ -134,8 +133,7 @@ def build_on_meta(
         model: Any = LongLLaVAForConditionalGeneration(config)
     model = model.to(dtype).eval()
     if int8:
-        quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
-        quantizer._process_model_before_weight_loading(model)
+        replace_linear_layers(model)
     return model
 
 
