@@ -83,7 +83,7 @@ def test_causal_conv1d_is_called_as_it_wants(monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to")
 def test_lora_on_the_convolution():
     """Called and trained, and still a function of a state: PEFT wants a rank that the groups divide, and cannot merge."""
     peft = pytest.importorskip("peft")

@@ -14,6 +14,7 @@ And names of the hosts that are not public.
 | `experts_implementation` | `config._experts_implementation`, all releases | what the user chose is kept there | none |
 | `StackedExperts` | attributes that Transformers' experts functions read, more of them since 5.23 | to call them | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | how PEFT tells a layer of an adapter for each row | none |
+| `TorchDispatchMode`, `tree_leaves` | torch's `torch.utils._python_dispatch`, `._pytree` | to count allocations | none |
 | `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | speed of generated tokens on a CPU | a product after a cast |
 """
 
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -78,14 +81,7 @@ def experts_implementation(config: Any) -> str | None:
 
 
 class StackedExperts:
-    """
-    Experts as Transformers' own implementations expect to find them.
-
-    Args:
-        experts ([`LongLLaVAExperts`]): the layer that they are of.
-        gate_up_proj (`torch.Tensor` of shape `(experts, 2 * intermediate_size, hidden_size)`).
-        down_proj (`torch.Tensor` of shape `(experts, hidden_size, intermediate_size)`).
-    """
+    """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
 
     has_gate = is_concatenated = True
     has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
@@ -126,6 +122,7 @@ def int8_matmul_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | 
 __all__ = [
     "CACHE",
     "StackedExperts",
+    "TorchDispatchMode",
     "accepts_cache",
     "experts_implementation",
     "get_cache",
@@ -133,4 +130,5 @@ __all__ = [
     "int8_matmul_cpu",
     "should_convert_module",
     "take_cache",
+    "tree_leaves",
 ]

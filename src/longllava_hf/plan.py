@@ -14,22 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_longllava import PreallocatedLayer, make_room
+from .compat_longllava import TorchDispatchMode, tree_leaves
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .grouped_linear_longllava import planned_device
-from .int8_longllava import (
-    BITS,
-    bits_of,
-    convertible_layers,
-    replace_linear_layers,
-    stored_quantization,
-    weight_bytes,
-)
+from .int8_longllava import BITS, bits_of, convertible_layers, replace_linear_layers, stored_quantization, weight_bytes
 from .modeling_longllava import LongLLaVAForConditionalGeneration, default_chunk_size
 
 
