@@ -15,7 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from longllava_hf import LongLLaVATextConfig
 from longllava_hf.experts_longllava import LongLLaVAExperts
-from longllava_hf.quantization_longllava import LongLLaVAInt8Linear, quantize_rows
+from longllava_hf.grouped_linear_longllava import quantize_rows
+from longllava_hf.int8_longllava import LongLLaVAInt8Linear
 
 
 def build(sizes: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

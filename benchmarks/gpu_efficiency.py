@@ -23,9 +23,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
+from longllava_hf.causal_conv1d_longllava import is_installed
+from longllava_hf.int8_longllava import LongLLaVAInt8Linear
 from longllava_hf.plan import build_on_meta, published_shape
-from longllava_hf.quantization_longllava import LongLLaVAInt8Linear
-from longllava_hf.selective_scan_longllava import is_installed, selective_scan
+from longllava_hf.selective_scan_longllava import selective_scan
 
 
 # Seconds to read 100,000 tokens, tokens a second after them, and GB: one A100 80 GB, vLLM, int8.

@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, gigabytes: float, shard_megabytes: int) -> in
 MEASURE = """
 import re, sys, torch, longllava_hf
 from transformers import AutoModelForImageTextToText
-from longllava_hf.quantization_longllava import named_quantization
+from longllava_hf.int8_longllava import named_quantization
 folder, quantization = sys.argv[1:]
 config = named_quantization(quantization)
 if quantization != "int8" and quantization != "none":

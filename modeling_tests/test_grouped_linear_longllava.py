@@ -14,8 +14,8 @@ from longllava_hf import LongLLaVATextConfig
 from longllava_hf.experts_longllava import (
     ExpertWeights,
     LongLLaVAExperts,
-    experts_by_turn,
     experts_grouped,
+    experts_loop,
     experts_reference,
 )
 from longllava_hf.grouped_linear_longllava import (
@@ -155,7 +155,7 @@ def expert_inputs(tokens: int, dtype: torch.dtype, how: str = "spread"):
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("how", ["spread", "some idle"])
 @pytest.mark.parametrize("tokens", [1, 63, 128, 1000])
-@pytest.mark.parametrize("experts", [experts_by_turn, experts_grouped])
+@pytest.mark.parametrize("experts", [experts_loop, experts_grouped])
 def test_experts(experts, tokens, how, is_int8):
     gate_up, gate_up_scale = matrices(torch.float32, is_int8, rows=2 * 56, columns=40)
     down, down_scale = matrices(torch.float32, is_int8, rows=40, columns=56, seed=1)

@@ -9,9 +9,10 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 
 import longllava_hf
 from longllava_hf import LongLLaVAConfig
+from longllava_hf.bitsandbytes_longllava import scale_bytes
 from longllava_hf.cli import main
+from longllava_hf.int8_longllava import named_quantization, weight_bytes
 from longllava_hf.plan import MemoryPlanner, MemoryTracker, draw_plan, published_shape
-from longllava_hf.quantization_longllava import named_quantization, scale_bytes, weight_bytes
 
 from .conftest import published
 

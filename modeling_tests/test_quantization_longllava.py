@@ -16,15 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 
 import longllava_hf
 from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
+from longllava_hf.bitsandbytes_longllava import BlockwiseWeight, use_own_products
 from longllava_hf.experts_longllava import unpack_experts
-from longllava_hf.grouped_linear_longllava import scaled_linear
-from longllava_hf.quantization_longllava import (
-    BlockwiseWeight,
-    LongLLaVAInt8Linear,
-    named_quantization,
-    quantize_rows,
-    skip_patterns,
-)
+from longllava_hf.grouped_linear_longllava import quantize_rows, scaled_linear
+from longllava_hf.int8_longllava import LongLLaVAInt8Linear, named_quantization, skip_patterns
 
 from .conftest import golden, published, small_config
 
@@ -295,6 +290,21 @@ def test_own_int8_layer():
     layer = layer.to(torch.bfloat16)  # the model's dtype is not the scales'
     assert layer.weight.dtype == torch.int8 and layer.weight_scale.dtype == torch.float32
     assert torch.equal(layer.weight_scale, scale) and layer.bias.dtype == torch.bfloat16
+
+
+def test_layers_with_own_products_have_the_parameters_of_those_they_replace():
+    model = torch.nn.Sequential(
+        bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False), bitsandbytes.nn.Linear4bit(32, 64, bias=False)
+    ).to("cpu")
+    before = list(model)
+    use_own_products(model)
+    for old, new in zip(before, model):
+        assert type(new) is not type(old) and isinstance(new, type(old))
+        assert new.weight is old.weight and new.bias is old.bias and new.training == old.training
+        assert vars(new).keys() == vars(old).keys()
+    assert model[0].state is before[0].state
+    assert model[1].weight.module is model[1] and model[1].quant_state is before[1].quant_state is not None
+    assert model(torch.randn(3, 64)).shape == (3, 64)
 
 
 def test_tiny_answers_the_same(capsys):

@@ -10,14 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longllava_hf import selective_scan_longllava
-from longllava_hf.selective_scan_longllava import (
-    causal_conv1d,
-    causal_conv1d_reference,
-    choose_scan,
-    selective_scan,
-    selective_scan_reference,
-)
+from longllava_hf import scan_blocked_longllava, scan_triton_longllava, selective_scan_longllava
+from longllava_hf.selective_scan_longllava import choose_scan, selective_scan, selective_scan_reference
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,9 +21,9 @@ IMPLEMENTATIONS = ["torch", "triton"]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Several groups of channels and blocks of tokens, the last of each an odd one."""
-    monkeypatch.setattr(selective_scan_longllava, "_BUSY_STATES", 12)
-    monkeypatch.setattr(selective_scan_longllava, "_BLOCK_VALUES", 12 * 60)
-    monkeypatch.setattr(selective_scan_longllava, "_KERNEL_CHANNELS", 8)
+    monkeypatch.setattr(scan_blocked_longllava, "_BUSY_STATES", 12)
+    monkeypatch.setattr(scan_blocked_longllava, "_BLOCK_VALUES", 12 * 60)
+    monkeypatch.setattr(scan_triton_longllava, "_KERNEL_CHANNELS", 8)
 
 
 def make_inputs(batch=2, channels=6, states=3, length=17, dtype=torch.float32, seed=0, dt=0.0, device="cpu"):
@@ -157,7 +151,7 @@ def test_half_precision(dtype, implementation, length, batch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_strides_do_not_matter(implementation, batch, monkeypatch):
     """As the mixer has them: transposed views, the gate being half of a tensor. None of them is written to."""
-    monkeypatch.setattr(selective_scan_longllava, "_BUSY_STATES", 1 << 16)  # all channels at once: views of whole rows
+    monkeypatch.setattr(scan_blocked_longllava, "_BUSY_STATES", 1 << 16)  # all channels at once: views of whole rows
     inputs = make_inputs(batch=batch, length=33, device=DEVICE)
     expected = results(inputs, implementation=implementation)
     both = torch.cat([inputs["u"], inputs["z"]], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
@@ -359,81 +353,12 @@ def test_compiled_whole():
         torch.testing.assert_close(scan(**arguments), selective_scan(**arguments))
 
 
-def make_conv(channels=6, bias=True):
-    torch.manual_seed(0)
-    return torch.nn.Conv1d(channels, channels, kernel_size=4, groups=channels, bias=bias)
-
-
-def test_a_past_of_another_shape_is_refused():
-    x, conv1d = torch.randn(2, 6, 5), make_conv()
-    width = conv1d.kernel_size[0]
-    with pytest.raises(ValueError, match=rf"`initial_state` must have the shape \(2, {x.shape[1]}, {width}\)"):
-        causal_conv1d(x, conv1d, x.new_zeros(2, x.shape[1], width - 1))
-
-
-def test_convolution_knows_its_past():
-    conv1d, x = make_conv(), torch.randn(2, 6, 30)
-    expected = conv1d(F.pad(x, (3, 0)))
-    state, pieces = x.new_zeros(2, 6, 4), []
-    for piece in x.split([1, 2, 3, 24], dim=-1):
-        pieces.append(causal_conv1d(piece, conv1d, state))
-        state = torch.cat([state, piece], dim=-1)[..., -4:]
-    torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
-
-
-@pytest.mark.parametrize("length", [1, 2, 5, 30])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("has_past", [True, False])
-@pytest.mark.parametrize("boundaries", [True, False])
-def test_convolution_equals_its_reference(length, bias, has_past, boundaries):
-    conv1d = make_conv(bias=bias).double()
-    seq_idx = make_boundaries(3, length) if boundaries else None
-    found = []
-    for convolve in (causal_conv1d, causal_conv1d_reference):
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(3, 6, length, generator=generator, dtype=torch.float64, requires_grad=True)
-        past = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-        conv1d.zero_grad()
-        y = convolve(x, conv1d, past if has_past else None, seq_idx)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found.append([y, x.grad, *(p.grad.clone() for p in conv1d.parameters()), *([past.grad] if has_past else [])])
-    for ours, reference in zip(*found):
-        torch.testing.assert_close(ours, reference)
-
-
-def test_causal_conv1d_is_called_as_it_wants(monkeypatch):
-    """The package's documented demands, and its result from the reference."""
-    conv1d = make_conv(8)
-    calls = []
-
-    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None):
-        assert weight.shape == (8, 4) and bias.shape == (8,)
-        assert x.stride(1) == 1
-        assert seq_idx is None or (initial_states is None and seq_idx.dtype == torch.int32 and seq_idx.is_contiguous())
-        if initial_states is not None:
-            assert initial_states.shape == (2, 8, 3) and initial_states.stride(1) == 1
-            initial_states = F.pad(initial_states, (1, 0))
-        calls.append(None)
-        return causal_conv1d_reference(x, conv1d, initial_states, seq_idx)
-
-    package = types.ModuleType("causal_conv1d")
-    package.causal_conv1d_fn = causal_conv1d_fn
-    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    monkeypatch.setattr(selective_scan_longllava, "_knows_causal_conv1d", lambda x, conv1d, has_both: not has_both)
-    x, past, seq_idx = torch.randn(2, 8, 20), torch.randn(2, 8, 4), make_boundaries(2, 20)
-    for arguments in ((None, None), (past, None), (None, seq_idx), (past, seq_idx)):
-        torch.testing.assert_close(
-            causal_conv1d(x, conv1d, *arguments), causal_conv1d_reference(x, conv1d, *arguments), rtol=1e-5, atol=1e-5
-        )
-    assert len(calls) == 3
-
-
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import longllava_hf.selective_scan_longllava as scan
+import longllava_hf.scan_triton_longllava as scan
 
 for capability in (80, 90):
     for long in ("*bf16", "*fp32"):
@@ -442,7 +367,7 @@ for capability in (80, 90):
             constants |= {"BLOCK": 32, "STATES": 16, "CHUNK": 64}
             typed = ("u", "delta", "B", "C", "z", "y", "grad_y", "grad_u", "grad_delta", "grad_z")
             types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-            types |= {f"{name}_ptr": long for name in typed} | {"anew_ptr": "*i8"}
+            types |= {f"{name}_ptr": long for name in typed} | {"resets_ptr": "*i8"}
             types = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
             source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)

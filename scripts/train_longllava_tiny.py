@@ -42,7 +42,7 @@ from longllava_hf import (
     LongLLaVAProcessor,
 )
 from longllava_hf.image_processing_longllava import VideoFile
-from longllava_hf.quantization_longllava import QUANTIZATIONS, named_quantization
+from longllava_hf.int8_longllava import QUANTIZATIONS, named_quantization
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]

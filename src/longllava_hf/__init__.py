@@ -23,10 +23,10 @@ from .checkpoint_longllava import register_expert_conversion
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext
 from .image_processing_longllava import LazyPixelValues, LongLLaVAImageProcessor
+from .int8_longllava import LongLLaVAInt8Config, register_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
 from .processing_longllava import LongLLaVAProcessor
-from .quantization_longllava import LongLLaVAInt8Config, register_quantization
 
 
 __version__ = "0.1.0"

@@ -155,12 +155,12 @@ class RecurrentLayer(LinearAttentionLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """As [`DynamicLayer.batch_repeat_interleave`]."""
         if (rows := _layer_rows(self)) is not None:
-            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """As [`DynamicLayer.batch_select_indices`]."""
         if (rows := _layer_rows(self)) is not None:
-            self.reorder_cache(torch.arange(rows)[indices.cpu()])
+            self.reorder_cache(torch.arange(rows)[indices.cpu()])  # type: ignore[arg-type]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises `ValueError`: a recurrent state cannot be rolled back."""
@@ -169,9 +169,7 @@ class RecurrentLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """As [`LinearAttentionLayer.reset`]; other rows may follow."""
-        changes = self.changes  # type: ignore[attr-defined]
         self.__init__(number_of_states=self.number_of_states)  # type: ignore[misc]
-        self.changes = changes
 
 
 class LongLLaVACache(DynamicCache):

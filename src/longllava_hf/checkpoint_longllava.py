@@ -23,14 +23,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
+from .bitsandbytes_longllava import quantized_shape, row_quantizer, use_own_products
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
-from .quantization_longllava import (
-    bits_of,
-    check_device_memory,
-    quantized_shape,
-    row_quantizer,
-    use_own_products,
-)
+from .int8_longllava import bits_of, check_device_memory
 
 
 logger = logging.get_logger(__name__)

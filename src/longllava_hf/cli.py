@@ -16,16 +16,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.utils import logging
 
 from . import TINY, __version__
+from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint, weight_files
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
+from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import LongLLaVAProcessor
 from .profiling import profile_decoding
-from .quantization_longllava import BITS, QUANTIZATIONS, named_quantization
-from .selective_scan_longllava import choose_scan, is_installed
+from .selective_scan_longllava import choose_scan
 
 
 @dataclass

@@ -5,6 +5,17 @@ What differs between the releases of Transformers that are supported. Found by l
 | name | differs | release |
 |---|---|---|
 | `CACHE` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 |
+
+And names of the hosts that are not public.
+
+| name | stands for | reason | public alternative |
+|---|---|---|---|
+| `should_convert_module` | a helper of Transformers' quantisers, all releases | to say beforehand what they leave alone | none |
+| `experts_implementation` | `config._experts_implementation`, all releases | what the user chose is kept there | none |
+| `StackedExperts` | attributes that Transformers' experts functions read, more of them since 5.23 | to call them | none |
+| `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | how PEFT tells a layer of an adapter for each row | none |
+| `TorchDispatchMode`, `tree_leaves` | torch's `torch.utils._python_dispatch`, `._pytree` | to count allocations | none |
+| `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | speed of generated tokens on a CPU | a product after a cast |
 """
 
 import functools
@@ -15,8 +26,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -36,6 +50,11 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     if given[0] is not None and given[1] is not None and given[0] is not given[1]:
         raise ValueError("You cannot specify both `cache` and `past_key_values` at the same time.")
     return given[1] if given[0] is None else given[0]
+
+
+def as_cache(cache: Any) -> dict[str, Any]:
+    """A cache as a keyword argument."""
+    return {CACHE: cache}
 
 
 def get_cache(outputs: Any) -> Cache | None:
@@ -79,4 +98,63 @@ def execution_device(module: nn.Module) -> torch.device:
     return next((x.device for x in module.parameters()), torch.device("cpu"))
 
 
-__all__ = ["CACHE", "accepts_cache", "execution_device", "get_cache", "recurrent_states", "take_cache"]
+def experts_implementation(config: Any) -> str | None:
+    """The `experts_implementation` that a model was loaded with."""
+    return config._experts_implementation
+
+
+class StackedExperts:
+    """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
+
+    has_gate = is_concatenated = True
+    has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
+
+    def __init__(self, experts: Any, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Whether something is to be called in front of a module's `forward`, which a module that is only read never does."""
+    return bool(module._forward_pre_hooks)
+
+
+def int8_matmul_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """
+    `rows @ weight.T` without a copy of the weight in floating point, where PyTorch can do that.
+
+    Args:
+        rows (`torch.Tensor` of shape `(R, K)`): in bfloat16, on a CPU.
+        weight (`torch.Tensor` of shape `(N, K)`): in int8.
+
+    Returns:
+        `torch.Tensor` of shape `(R, N)`, or `None`.
+    """
+    multiply = getattr(torch, "_weight_int8pack_mm", None)
+    # Of any other shape it reads past the end, and tensors of a file may lie at any address.
+    if multiply is None or any(n % 32 for n in weight.shape) or weight.data_ptr() % 64:
+        return None
+    ones = torch.ones(len(weight), dtype=rows.dtype)  # scales in bfloat16 would lose digits
+    return multiply(rows.contiguous(), weight.contiguous(), ones)
+
+
+__all__ = [
+    "CACHE",
+    "StackedExperts",
+    "TorchDispatchMode",
+    "accepts_cache",
+    "as_cache",
+    "execution_device",
+    "experts_implementation",
+    "get_cache",
+    "has_forward_pre_hooks",
+    "int8_matmul_cpu",
+    "recurrent_states",
+    "should_convert_module",
+    "take_cache",
+    "tree_leaves",
+]

@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The feed-forward half of a decoder layer: one dense MLP, or a router and its experts (arXiv 2403.19887, section 2)."""
+"""A router and its experts, in the place of a dense MLP (arXiv 2403.19887, section 2)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .bitsandbytes_longllava import BlockwiseWeight, int8_parts, is_blockwise, recomputed_linear
+from .compat_longllava import StackedExperts, experts_implementation, has_forward_pre_hooks
 from .configuration_longllava import LongLLaVATextConfig
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
-from .quantization_longllava import BlockwiseWeight, int8_parts, loaded, recomputed_linear
 
 
 EXPERTS_IMPLEMENTATION = "longllava"
@@ -22,20 +24,6 @@ EXPERTS_IMPLEMENTATION = "longllava"
 
 # Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
 _FEW_TOKENS = 8
-
-
-class LongLLaVAMLP(nn.Module):
-    """`(..., hidden_size)` to the same: `down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: LongLLaVATextConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class LongLLaVATopKRouter(nn.Module):
@@ -101,13 +89,13 @@ class ExpertWeights:
             output, hidden_states, lambda low_rank, lora_b: F.linear(low_rank, lora_b[expert, rows])
         )
 
-    def halves(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def gate_and_up(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The two halves of [`~ExpertWeights.linear`]'s rows, each contiguous where that costs nothing."""
         if isinstance(self.weight, BlockwiseWeight):
-            first, second = self.linear(hidden_states, expert).chunk(2, dim=-1)
-            return first, second
-        half = self.weight.shape[1] // 2
-        return self.linear(hidden_states, expert, slice(half)), self.linear(hidden_states, expert, slice(half, None))
+            gate, up = self.linear(hidden_states, expert).chunk(2, dim=-1)
+            return gate, up
+        size = self.weight.shape[1] // 2
+        return self.linear(hidden_states, expert, slice(size)), self.linear(hidden_states, expert, slice(size, None))
 
     def grouped(self, hidden_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """`(tokens, columns)`, sorted by expert, to `(tokens, rows)`, each through its own."""
@@ -133,7 +121,7 @@ def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.T
     is_plain = isinstance(lora_a, nn.ModuleDict) and not hasattr(layer, "parameter_name")
     if (
         not is_plain
-        or layer._forward_pre_hooks  # one row, one adapter: PEFT tells a layer so in front of its call
+        or has_forward_pre_hooks(layer)  # one row, one adapter: PEFT tells a layer so in front of its call
         or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active)
     ):
         raise NotImplementedError(
@@ -169,9 +157,9 @@ def unpack_experts(layer: nn.Module, num_experts: int) -> Iterator[ExpertWeights
     if hasattr(layer, "get_base_layer"):
         adapters = _lora_adapters(layer, num_experts)  # before the weight is read, which it may change
         base = layer.get_base_layer()
-    with loaded(base):
+    with align_module_device(base):
         weight: Any = base.weight
-        if getattr(weight, "quant_state", None) is not None:
+        if is_blockwise(base):
             yield ExpertWeights(BlockwiseWeight(weight, num_experts), adapters=adapters)
             return
         if (parts := int8_parts(base)) is not None:
@@ -214,7 +202,7 @@ def experts_reference(
     return output
 
 
-def experts_by_turn(
+def experts_loop(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -241,7 +229,7 @@ def experts_by_turn(
         if count == 0:
             continue
         rows = token[start : start + count]
-        gate, up = gate_up.halves(hidden_states[rows], expert)
+        gate, up = gate_up.gate_and_up(hidden_states[rows], expert)
         expert_output = down.linear(act_fn(gate) * up, expert) * weights[start : start + count]
         output.index_add_(0, rows, expert_output.to(output.dtype))
         start += count
@@ -290,27 +278,12 @@ def choose_experts_forward(
     """Which of the functions above is the fastest for the device, the number of tokens and the weights."""
     is_blockwise = isinstance(gate_up.weight, BlockwiseWeight) or isinstance(down.weight, BlockwiseWeight)
     if is_blockwise or not has_triton_kernels(hidden_states):
-        return experts_by_turn
+        return experts_loop
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.weight.requires_grad)
     is_plain = isinstance(act_fn, nn.SiLU) and not gate_up.adapters and not down.adapters
     if len(hidden_states) <= _FEW_TOKENS and is_plain and not needs_grad and hidden_states.is_cuda:
         return experts_routed
     return experts_grouped
-
-
-class StackedExperts:
-    """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
-
-    has_gate = is_concatenated = True
-    has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
-
-    def __init__(self, experts: "LongLLaVAExperts", gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
-        self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
 
 
 class LongLLaVAExperts(nn.Module):
@@ -334,7 +307,7 @@ class LongLLaVAExperts(nn.Module):
     ) -> torch.Tensor:
         """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        requested = self.config._experts_implementation or EXPERTS_IMPLEMENTATION
+        requested = experts_implementation(self.config) or EXPERTS_IMPLEMENTATION
         with (
             unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
             unpack_experts(self.down_proj, self.num_experts) as down,
@@ -357,7 +330,7 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, LongLLaVAExperts.forward)
 
 
 class LongLLaVASparseMoeBlock(nn.Module):
-    """A router and its experts, in place of the dense MLP."""
+    """Which experts a token goes to, and what they make of it: `(..., hidden_size)` to the same."""
 
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__()
@@ -374,11 +347,10 @@ __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "ExpertWeights",
     "LongLLaVAExperts",
-    "LongLLaVAMLP",
     "LongLLaVASparseMoeBlock",
     "LongLLaVATopKRouter",
-    "experts_by_turn",
     "experts_grouped",
+    "experts_loop",
     "experts_reference",
     "experts_routed",
     "unpack_experts",

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
-from .compat_longllava import CACHE, accepts_cache, execution_device, take_cache
+from .compat_longllava import CACHE, accepts_cache, as_cache, execution_device, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, hash_image
 from .image_processing_longllava import LazyPixelValues
@@ -175,6 +175,12 @@ class _Placeholders:
 class LongLLaVAGenerationMixin(GenerationMixin):
     """`prefill`, and a `generate` that begins with it."""
 
+    # Of the model that this is part of.
+    config: Any
+    model: Any
+    get_image_features: Any
+    get_input_embeddings: Any
+
     @accepts_cache
     def prepare_inputs_for_generation(
         self,
@@ -204,7 +210,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **{CACHE: cache},
+            **as_cache(cache),
             **kwargs,
         )
         if self._is_wrapped() and cache is not None:
@@ -359,7 +365,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
                 use_cache=True,
                 logits_to_keep=1,
                 return_dict=True,
-                **{CACHE: cache},
+                **as_cache(cache),
             )
             progress.update(chunk.length)
         progress.close()
@@ -448,7 +454,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             raise ValueError("A context has a cache of its own: leave out `use_cache` and `cache_implementation`.")
         start, mask = context.align(prompt.input_ids, prompt.attention_mask)
         whole = _Prompt(prompt.input_ids, attention_mask=mask)
-        new = self._embed(whole, start, *images, context)
+        pixel_values, encoded = images
+        new = self._embed(whole, start, pixel_values, encoded, context)
         if mask is None:
             whole.attention_mask = prompt.input_ids.new_ones(len(prompt.input_ids), context.num_tokens + new.length)
         if _rolls_back(config, kwargs):

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .compat_longllava import int8_matmul_cpu
+
 
 try:
     import triton
@@ -65,19 +67,12 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
-        if (
-            hidden_states.dtype == torch.bfloat16
-            and hidden_states.device.type == "cpu"
-            and 0 < hidden_states.numel() <= _FEW_ROWS * hidden_states.shape[-1]
-            # Of any other shape it reads past the end, and tensors of a file may lie at any address.
-            and weight.shape[0] % 32 == weight.shape[1] % 32 == weight.data_ptr() % 64 == 0
-        ):
-            rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-            ones = torch.ones(len(weight), dtype=rows.dtype)  # scales in bfloat16 would lose digits
-            output = torch._weight_int8pack_mm(rows, weight.contiguous(), ones)
-            output = output.view(*hidden_states.shape[:-1], -1)
-        else:
-            output = F.linear(hidden_states, weight.to(hidden_states.dtype))
+        rows, output = hidden_states.reshape(-1, hidden_states.shape[-1]), None
+        if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and 0 < len(rows) <= _FEW_ROWS:
+            output = int8_matmul_cpu(rows, weight)
+        if output is None:
+            output = F.linear(rows, weight.to(rows.dtype))
+        output = output.view(*hidden_states.shape[:-1], len(weight))
         return output * scale.to(output.dtype) if output.dtype == torch.float64 else output.mul_(scale)
 
     @staticmethod

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .compat_longllava import CACHE, accepts_cache, execution_device, get_cache
+from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, image_batches
 from .image_processing_longllava import LazyPixelValues
@@ -265,7 +265,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         if inputs_embeds is None:
-            inputs_embeds = self.get_text_embeddings(input_ids)
+            inputs_embeds = self.get_text_embeddings(input_ids)  # type: ignore[arg-type]
         if pixel_values is not None and len(pixel_values):
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
@@ -283,7 +283,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{CACHE: cache},
+            **as_cache(cache),
             **kwargs,
         )
         return LongLLaVAModelOutputWithPast(
@@ -292,7 +292,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None),
             image_hidden_states=image_features,
-            **{CACHE: get_cache(outputs)},
+            **as_cache(get_cache(outputs)),
         )
 
 
@@ -393,7 +393,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
-            **{CACHE: get_cache(outputs)},
+            **as_cache(get_cache(outputs)),
         )
 
 

@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
@@ -21,51 +22,28 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.jamba.modeling_jamba import JambaMLP, JambaRMSNorm, load_balancing_loss_func, repeat_kv
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .bitsandbytes_longllava import dequantize_4bit_layers, scale_bytes
 from .cache_longllava import LongLLaVACache
+from .causal_conv1d_longllava import causal_conv1d, sequence_starts
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
-from .compat_longllava import CACHE, accepts_cache, get_cache, recurrent_states, take_cache
+from .compat_longllava import accepts_cache, as_cache, get_cache, recurrent_states, take_cache
 from .configuration_longllava import LongLLaVATextConfig
-from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVAMLP, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .generation_longllava import LongLLaVAGenerationMixin
 from .grouped_linear_longllava import planned_device
-from .quantization_longllava import (
-    LongLLaVAInt8Linear,
-    dequantize_4bit_layers,
-    loaded,
-    prepare_quantization,
-    scale_bytes,
-    stored_quantization,
-)
-from .selective_scan_longllava import causal_conv1d, selective_scan, starts_anew
+from .int8_longllava import LongLLaVAInt8Linear, prepare_quantization, stored_quantization
+from .selective_scan_longllava import selective_scan
 
 
 # What says where a configuration comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class LongLLaVARMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in float32."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 class Padding(NamedTuple):
@@ -106,11 +84,6 @@ class Padding(NamedTuple):
 
 def _permute_tokens(hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return hidden_states.gather(1, order.unsqueeze(-1).expand_as(hidden_states))
-
-
-def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """`(batch, key_value_heads, length, head_dim)` to `(batch, key_value_heads * n_rep, length, head_dim)`."""
-    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
 
 
 def eager_attention_forward(
@@ -277,9 +250,9 @@ class LongLLaVAMambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.intermediate_size, self.ssm_state_size))
         self.D = nn.Parameter(torch.empty(self.intermediate_size))
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.mamba_proj_bias)
-        self.dt_layernorm = LongLLaVARMSNorm(self.time_step_rank, eps=config.rms_norm_eps)
-        self.b_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
-        self.c_layernorm = LongLLaVARMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
+        self.dt_layernorm = JambaRMSNorm(self.time_step_rank, eps=config.rms_norm_eps)
+        self.b_layernorm = JambaRMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
+        self.c_layernorm = JambaRMSNorm(self.ssm_state_size, eps=config.rms_norm_eps)
 
     def _past_states(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The last `conv_kernel_size` inputs of the convolution, and the recurrent state; none where nothing is cached."""
@@ -328,7 +301,7 @@ class LongLLaVAMambaMixer(nn.Module):
         conv_state, recurrent_state = self._past_states(cache)
         if cache is not None:
             new_conv_state = self._last_inputs(x, conv_state, padding)
-        with loaded(self.conv1d):
+        with align_module_device(self.conv1d):
             x = self.act(causal_conv1d(x, self.conv1d, conv_state, seq_idx))
 
         # 2. Step size, B and C, from the input: what makes the state space selective
@@ -371,9 +344,9 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
         super().__init__()
         has_experts = config.layers_num_experts[layer_idx] > 1
-        self.input_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.pre_ff_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else LongLLaVAMLP(config)
+        self.input_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_ff_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else JambaMLP(config)
 
     def mix(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         raise NotImplementedError
@@ -513,7 +486,7 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
 def positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
     """Each token's position in its sequence, from the number of that sequence; both `(batch, length)`."""
     positions = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    return positions - torch.where(starts_anew(seq_idx), positions, 0).cummax(dim=1).values
+    return positions - torch.where(sequence_starts(seq_idx), positions, 0).cummax(dim=1).values
 
 
 def packed_sequences(
@@ -566,7 +539,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
             "linear_attention": LongLLaVAMambaDecoderLayer,
         }
         self.layers = nn.ModuleList(layer_classes[kind](config, i) for i, kind in enumerate(config.layer_types))
-        self.final_layernorm = LongLLaVARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -651,7 +624,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: cache if seq_idx is None else None},
+                **as_cache(cache if seq_idx is None else None),
             )
 
         hidden_states = inputs_embeds
@@ -662,10 +635,10 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
                 position_ids=position_ids,
                 padding=padding,
                 seq_idx=seq_idx,
-                **{CACHE: cache},  # which gradient checkpointing takes away by that name
+                **as_cache(cache),  # which gradient checkpointing takes away by that name
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **{CACHE: cache})
+        return MoeModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **as_cache(cache))
 
 
 def router_aux_loss(
@@ -753,7 +726,7 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            **{CACHE: get_cache(outputs)},
+            **as_cache(get_cache(outputs)),
         )
 
 

@@ -14,23 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .cache_longllava import LongLLaVACache, PreallocatedLayer
+from .compat_longllava import TorchDispatchMode, tree_leaves
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import default_chunk_size
 from .grouped_linear_longllava import planned_device
+from .int8_longllava import BITS, bits_of, convertible_layers, replace_linear_layers, stored_quantization, weight_bytes
 from .modeling_longllava import LongLLaVAForConditionalGeneration
-from .quantization_longllava import (
-    BITS,
-    LongLLaVAInt8Config,
-    LongLLaVAInt8HfQuantizer,
-    bits_of,
-    convertible_layers,
-    stored_quantization,
-    weight_bytes,
-)
 
 
 # What is around the pictures in a prompt: two tags and a line break each, and a question.
@@ -133,8 +124,7 @@ def build_on_meta(
         model: Any = LongLLaVAForConditionalGeneration(config)
     model = model.to(dtype).eval()
     if int8:
-        quantizer = LongLLaVAInt8HfQuantizer(LongLLaVAInt8Config(), pre_quantized=True)
-        quantizer._process_model_before_weight_loading(model)
+        replace_linear_layers(model)
     return model
 
 
@@ -243,7 +233,8 @@ class MemoryPlanner:
         size = self.config.vision_config.image_size
         pixels = torch.empty(images, 3, size, size, dtype=self.dtype, device="meta")
         with torch.no_grad(), MemoryTracker() as tracker, self._as_on_the_device():
-            torch.stack(tuple(self.model.get_image_features(pixels, return_dict=True).pooler_output))
+            outputs: Any = self.model.get_image_features(pixels, return_dict=True)
+            torch.stack(tuple(outputs.pooler_output))
         return tracker.peak
 
     def prefill_peak(self, images: int) -> int:

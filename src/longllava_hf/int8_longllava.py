@@ -6,18 +6,12 @@ arXiv 2408.12570, section 4), which needs nothing but torch.
 """
 
 import copy
-import functools
 import importlib.util
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
@@ -28,9 +22,9 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .compat_longllava import should_convert_module
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, quantize_rows, scaled_linear
 
 
@@ -87,9 +81,13 @@ class LongLLaVAInt8Config(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
 
 
-def _int8_linear(
+def int8_linear(
     hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    """
+    `(..., columns)` to `(..., rows)` through an int8 `weight` `(rows, columns)` with float32 scales `(rows,)`, in the
+    dtype of `hidden_states`.
+    """
     if has_triton_kernels(hidden_states):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         offsets = torch.full((1,), len(rows), device=rows.device)
@@ -99,30 +97,13 @@ def _int8_linear(
     return output if bias is None else output + bias
 
 
-def _dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """A linear layer in the weight's dtype."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(weight.dtype))
     return linear
-
-
-def _bitsandbytes_scales(layer: nn.Module) -> Any:
-    """127 times the scales of an int8 layer: at the weight, until bitsandbytes calls the layer itself."""
-    scales = getattr(layer.weight, "SCB", None)
-    return getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
-
-
-def int8_parts(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The int8 weight `(rows, columns)` and float32 scales `(rows,)` of a quantised layer, bitsandbytes' or ours."""
-    weight: Any = layer.weight
-    if weight.dtype != torch.int8:
-        return None
-    scale: Any = getattr(layer, "weight_scale", None)
-    if scale is None:
-        scale = _bitsandbytes_scales(layer).float() / 127
-    return weight.data, scale.data
 
 
 class LongLLaVAInt8Linear(nn.Linear):
@@ -145,11 +126,11 @@ class LongLLaVAInt8Linear(nn.Linear):
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _int8_linear(hidden_states, self.weight, self.weight_scale, self.bias)
+        return int8_linear(hidden_states, self.weight, self.weight_scale, self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The linear layer that this one stands for."""
-        return _dense_linear((self.weight.float() * self.weight_scale[:, None]).to(dtype), self.bias)
+        return dense_linear((self.weight.float() * self.weight_scale[:, None]).to(dtype), self.bias)
 
 
 class LongLLaVAInt8Quantize(ConversionOps):
@@ -161,179 +142,34 @@ class LongLLaVAInt8Quantize(ConversionOps):
         return {name: weight, f"{name}_scale": scale}
 
 
-class _RecomputedLinear(torch.autograd.Function):
-    """A frozen matrix that is dequantised twice, in the forward and in the backward pass, and kept in neither."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
-        ctx.matrix = matrix
-        return F.linear(hidden_states, matrix())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor):
-        return grad_output @ ctx.matrix(), None
+def convertible_layers(model: nn.Module, names: list[str] | None = None) -> list[tuple[str, Any]]:
+    """Name and module of each linear layer that quantisers convert, or have converted, if told to skip `names`."""
+    skipped = skip_patterns(names)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
+    ]
 
 
-def recomputed_linear(hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """`(..., columns)` to `(..., rows)` through the frozen `(rows, columns)` that `matrix` gives whenever it is called."""
-    return _RecomputedLinear.apply(hidden_states, matrix)
-
-
-class BlockwiseWeight:
+def replace_linear_layers(model: nn.Module, names: list[str] | None = None, pre_quantized: bool = True) -> None:
     """
-    Bitsandbytes' 4-bit format, for as long as its weight stays where it is.
+    Put [`LongLLaVAInt8Linear`]s, without values, in the place of the linear layers of a model on `meta`.
 
     Args:
-        weight (`bitsandbytes.nn.Params4bit`): of shape `(rows, columns)` once it is dequantised.
-        groups (`int`): parts that the rows are divided into, to be dequantised one at a time.
+        model (`nn.Module`).
+        names (`list[str]`, *optional*): layers to leave alone, as for [`skip_patterns`].
+        pre_quantized (`bool`, defaults to `True`): whether weights are int8 already where they will be read from.
     """
-
-    def __init__(self, weight: Any, groups: int = 1):
-        import bitsandbytes.functional
-
-        self.functional = bitsandbytes.functional
-        self.state = state = weight.quant_state
-        rows, columns = state.shape
-        self.shape = torch.Size((groups, rows // groups, columns))
-        self.packed = weight.data.view(torch.uint8).flatten()
-        absmax = state.absmax
-        if state.nested:
-            absmax = self.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-        self.absmax = absmax.float()
-
-    def matrix(self, group: int, dtype: torch.dtype) -> torch.Tensor:
-        """`(rows // groups, columns)` in floating point."""
-        block = self.state.blocksize
-        size = self.shape[1:].numel()
-        start = group * size
-        first, last = start // block, -(-(start + size) // block)  # the blocks that hold it
-        packed = self.packed[first * block // 2 : last * block // 2]
-        if len(packed) < (last - first) * block // 2:  # the last one may not be full
-            packed = F.pad(packed, (0, (last - first) * block // 2 - len(packed)))
-        # As if a row were a block: on a CPU bitsandbytes 0.50.2 gets rows wrong that do not end with one.
-        state = self.functional.QuantState(
-            absmax=self.absmax[first:last].contiguous(),
-            shape=torch.Size((last - first, block)),
-            code=self.state.code,
-            blocksize=block,
-            quant_type=self.state.quant_type,
-            dtype=dtype,
-        )
-        values = self.functional.dequantize_4bit(packed.contiguous()[:, None], state).flatten()
-        return values[start - first * block :][:size].view(self.shape[1:])
-
-
-@functools.cache
-def _bitsandbytes_layers() -> dict[type, type]:
-    """Bitsandbytes' linear layers, and what [`use_own_products`] makes of them."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    class LongLLaVABnbInt8Linear(Linear8bitLt):
-        """Bitsandbytes' int8 layer, but for its product: see [`use_own_products`]."""
-
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            weight, scale = int8_parts(self)  # type: ignore[misc]
-            return _int8_linear(hidden_states, weight, scale, self.bias)
-
-    class LongLLaVABnb4bitLinear(Linear4bit):
-        """Bitsandbytes' 4-bit layer, but for its product on a CPU: see [`use_own_products`]."""
-
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            if hidden_states.device.type != "cpu":
-                return super().forward(hidden_states)
-            dtype = hidden_states.dtype
-            output = recomputed_linear(hidden_states, lambda: BlockwiseWeight(self.weight).matrix(0, dtype))
-            return output if self.bias is None else output + self.bias.to(dtype)
-
-    for layer in (LongLLaVABnbInt8Linear, LongLLaVABnb4bitLinear):
-        layer.__qualname__ = layer.__name__
-    return {Linear8bitLt: LongLLaVABnbInt8Linear, Linear4bit: LongLLaVABnb4bitLinear}
-
-
-def __getattr__(name: str) -> Any:
-    # So that a model with these layers can be pickled, though bitsandbytes is only imported with the first of them.
-    if name.startswith("LongLLaVABnb"):
-        for layer in _bitsandbytes_layers().values():
-            if layer.__name__ == name:
-                return layer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def use_own_products(model: nn.Module) -> None:
-    """
-    Let bitsandbytes keep the weights, and multiply with them in the dtype of the activations, as everywhere here.
-
-    Its int8 product rounds the activations to float16 and then to int8, which costs four times the error (measured on
-    the golden checkpoints: a cosine of 0.998 between the logits of the two models, against 0.9993). Its 4-bit product
-    on a CPU is wrong where rows are not whole blocks of 64, and on some CPUs repacks a layer when it is first called, so
-    that neither `save_pretrained` nor `dequantize` gets its weights out again (measured with 0.50.2).
-    """
-    if sys.modules.get("bitsandbytes") is None:
-        return
-    for module in model.modules():
-        module.__class__ = _bitsandbytes_layers().get(type(module), type(module))
-
-
-def dequantize_4bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put linear layers in the place of bitsandbytes' 4-bit ones."""
-    for name, module in list(model.named_modules()):
-        weight: Any = getattr(module, "weight", None)
-        if getattr(weight, "quant_state", None) is None:
-            continue
-        bias: Any = module.bias
-        model.set_submodule(name, _dense_linear(BlockwiseWeight(weight).matrix(0, dtype), bias))
-
-
-@contextmanager
-def loaded(layer: nn.Module) -> Iterator[None]:
-    """
-    For a layer whose weights are read and which is not called: where accelerate keeps them elsewhere, they are here as
-    long as the context is open.
-    """
-    hook: Any = getattr(layer, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(layer)
-    try:
-        yield
-    finally:
-        hook.post_forward(layer, None)
-
-
-def quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Rows and columns of a quantised layer's weight as it was read, or `None` for any other module."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) and weight.device.type != "meta":
-        if getattr(weight, "quant_state", None) is not None:
-            return tuple(weight.quant_state.shape)
-        if weight.dtype == torch.int8:
-            return tuple(weight.shape)
-    return None
-
-
-def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] | None:
-    """
-    How to do by rows what a quantiser's operation does to a whole weight, or `None` where that cannot be done.
-
-    Returns:
-        a function from rows to their int8 values and scales, and one from the name, the values and the scales of all
-        rows to what the operation returns.
-    """
-    if isinstance(operation, LongLLaVAInt8Quantize):
-        return quantize_rows, lambda name, values, scales: {name: values, f"{name}_scale": scales}
-    if type(operation).__name__ != "Bnb8bitQuantize":
-        return None
-    import bitsandbytes as bnb
-
-    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return bnb.functional.int8_vectorwise_quant(rows.contiguous().half())[:2]
-
-    def collect(name: str, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scales)}
-
-    return quantize, collect
+    for name, module in convertible_layers(model, names):
+        if type(module) is nn.Linear:
+            with torch.device("meta"):
+                quantized = LongLLaVAInt8Linear(module.in_features, module.out_features, module.bias is not None)
+            quantized.bias = module.bias
+            if not pre_quantized:
+                # Older releases of Transformers cast a weight to the dtype found here before it is quantised.
+                quantized.weight = nn.Parameter(module.weight.data, requires_grad=False)
+            model.set_submodule(name, quantized)
 
 
 class LongLLaVAInt8HfQuantizer(HfQuantizer):
@@ -342,8 +178,8 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
     requires_calibration = False
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
-        module, name = get_module_from_name(model, param_name)
-        return isinstance(module, LongLLaVAInt8Linear) and name == "weight"
+        module, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(module), LongLLaVAInt8Linear)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -352,15 +188,7 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         names = self.quantization_config.modules_to_not_convert  # type: ignore[attr-defined]
-        for name, module in convertible_layers(model, names):
-            if type(module) is nn.Linear:
-                with torch.device("meta"):
-                    quantized = LongLLaVAInt8Linear(module.in_features, module.out_features, module.bias is not None)
-                quantized.bias = module.bias
-                if not self.pre_quantized:
-                    # Older releases of Transformers cast a weight to the dtype found here before it is quantised.
-                    quantized.weight = nn.Parameter(module.weight.data, requires_grad=False)
-                model.set_submodule(name, quantized)
+        replace_linear_layers(model, names, self.pre_quantized)
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -483,16 +311,6 @@ def bits_of(config: QuantizationConfigMixin | dict | None) -> str | None:
     return names.get(describe_quantization(config))
 
 
-def convertible_layers(model: nn.Module, names: list[str] | None = None) -> list[tuple[str, Any]]:
-    """Name and module of each linear layer that quantisers convert, or have converted, if told to skip `names`."""
-    skipped = skip_patterns(names)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and should_convert_module(name, skipped)
-    ]
-
-
 def weight_bytes(model: nn.Module, quantization: str) -> dict[str, int]:
     """
     Bytes of a model's weights if it were quantised so, by dtype; those of scales apart.
@@ -559,23 +377,6 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     )
 
 
-def scale_bytes(model: nn.Module) -> int:
-    """Bytes of scales that bitsandbytes keeps beside its parameters, and `parameters()` does not find."""
-    total = 0
-    for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        tensors = []
-        if getattr(weight, "quant_state", None) is not None:
-            state = weight.quant_state
-            tensors = [state.absmax]
-            if state.nested:
-                tensors += [state.state2.absmax, state.offset]
-        elif getattr(weight, "dtype", None) == torch.int8:
-            tensors = [_bitsandbytes_scales(module)]
-        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    return total
-
-
 def register_quantization() -> None:
     """Tell Transformers of `quant_method: longllava_int8`."""
     if INT8_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -588,25 +389,20 @@ __all__ = [
     "BITS",
     "KEPT_MODULES",
     "QUANTIZATIONS",
-    "BlockwiseWeight",
     "LongLLaVAInt8Config",
     "LongLLaVAInt8HfQuantizer",
     "LongLLaVAInt8Linear",
+    "LongLLaVAInt8Quantize",
     "bits_of",
     "check_device_memory",
     "convertible_layers",
-    "dequantize_4bit_layers",
-    "int8_parts",
-    "loaded",
+    "dense_linear",
+    "int8_linear",
     "named_quantization",
     "prepare_quantization",
-    "quantized_shape",
-    "recomputed_linear",
     "register_quantization",
-    "row_quantizer",
-    "scale_bytes",
+    "replace_linear_layers",
     "skip_patterns",
     "stored_quantization",
-    "use_own_products",
     "weight_bytes",
 ]

@@ -1,0 +1,126 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The depthwise causal convolution before a Mamba layer's scan, as a function from a state to an output. Symbols are those
+of `selective_scan_longllava.py`.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .grouped_linear_longllava import planned_device
+
+
+def is_installed(package: str) -> bool:
+    """Whether an optional package can be imported; it is not imported for that."""
+    return importlib.util.find_spec(package) is not None
+
+
+def sequence_starts(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Where another sequence begins than the token before belongs to, `(b, l)`. The first token continues what was."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+
+
+def causal_conv1d_reference(
+    x: torch.Tensor,
+    conv1d: torch.nn.Conv1d,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Token by token and tap by tap. Same arguments and result as [`causal_conv1d`]."""
+    length, width = x.shape[-1], conv1d.kernel_size[0]
+    past = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
+    inputs = torch.cat([past, x], dim=-1)
+    outputs = []
+    for t in range(length):
+        y = torch.zeros_like(x[..., 0])
+        for back in range(width):
+            tap = inputs[..., width + t - back] * conv1d.weight[:, 0, -1 - back]
+            if seq_idx is not None:
+                same = seq_idx[:, max(t - back, 0)] == seq_idx[:, t]
+                tap = torch.where(same[:, None], tap, 0)
+            y = y + tap
+        outputs.append(y if conv1d.bias is None else y + conv1d.bias)
+    return torch.stack(outputs, dim=-1)
+
+
+def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: bool) -> bool:
+    # A module that an adapter or a quantiser put in its place has to be called.
+    return (
+        x.is_cuda
+        and x.dtype != torch.float64
+        and not has_both
+        and type(conv1d) is torch.nn.Conv1d
+        and conv1d.kernel_size[0] in (2, 3, 4)
+        and x.shape[1] % 8 == 0
+        and is_installed("causal_conv1d")
+    )
+
+
+def _convolve_time_first(x: torch.Tensor, conv1d: torch.nn.Conv1d, past: torch.Tensor) -> torch.Tensor:
+    """On a CPU, tap by tap over rows of channels, as they come from and go to linear layers and the scan."""
+    x, past = x.transpose(1, 2), past.transpose(1, 2)
+    *earlier, now = conv1d.weight[:, 0].unbind(-1)
+    y = x * now if conv1d.bias is None else torch.addcmul(conv1d.bias, x, now)
+    for back, tap in enumerate(reversed(earlier), 1):
+        y[:, back:].addcmul_(x[:, :-back], tap)
+        y[:, :back].addcmul_(past[:, past.shape[1] - back :][:, : y.shape[1]], tap)
+    return y.transpose(1, 2)
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    conv1d: Any,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Depthwise causal convolution that knows its past.
+
+    Args:
+        x (`torch.Tensor` of shape `(b, d, l)`): input.
+        conv1d (`torch.nn.Conv1d`): the convolution, `k` wide, without padding. If it is of another class, which an
+            adapter or a quantiser put in its place, it is called and its weight not read.
+        initial_state (`torch.Tensor` of shape `(b, d, k)`, *optional*): the `k` inputs before `x`, zero if not given.
+        seq_idx (`torch.Tensor` of shape `(b, l)`, *optional*): number of the sequence that each token belongs to;
+            nothing before the first token of a sequence is seen. `initial_state` belongs to the first.
+
+    Returns:
+        `torch.Tensor` of shape `(b, d, l)`.
+
+    Raises:
+        ValueError: if `initial_state` has another shape.
+    """
+    plain = conv1d.get_base_layer() if hasattr(conv1d, "get_base_layer") else conv1d
+    width = plain.kernel_size[0]
+    if initial_state is not None and initial_state.shape != (*x.shape[:2], width):
+        raise ValueError(
+            f"`initial_state` must have the shape {(*x.shape[:2], width)}, but it is {tuple(initial_state.shape)}."
+        )
+    # A kernel of width k sees k - 1 tokens of the past; the state holds one more, as Transformers' caches do.
+    past = None if initial_state is None else initial_state[..., 1:].to(x.dtype)
+    if _knows_causal_conv1d(x, conv1d, has_both=past is not None and seq_idx is not None):
+        from causal_conv1d import causal_conv1d_fn
+
+        # Channels last, which the package demands wherever there is a past or a boundary.
+        x, past = (None if t is None else t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, past))
+        index = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+        return causal_conv1d_fn(x, conv1d.weight.squeeze(1), conv1d.bias, seq_idx=index, initial_states=past)
+    if past is None:
+        past = x.new_zeros(*x.shape[:2], width - 1)
+    if seq_idx is None:
+        kind = planned_device.get() if x.is_meta else x.device.type
+        if kind == "cpu" and x.dtype in (torch.float32, torch.float64) and type(conv1d) is torch.nn.Conv1d:
+            return _convolve_time_first(x, conv1d, past)
+        return conv1d(torch.cat([past, x], dim=-1))
+    # Sequences are moved apart, so that each has zeros before it, and their outputs gathered.
+    positions = torch.arange(x.shape[-1], device=x.device) + (width - 1) * (1 + sequence_starts(seq_idx).cumsum(-1))
+    apart = x.new_zeros(*x.shape[:2], int(positions.max()) + 1)
+    apart[..., : width - 1] = past
+    positions = positions.unsqueeze(1).expand(-1, x.shape[1], -1)
+    return conv1d(apart.scatter(2, positions, x)).gather(2, positions - (width - 1))
+
+
+__all__ = ["causal_conv1d", "causal_conv1d_reference", "is_installed", "sequence_starts"]
