@@ -114,9 +114,10 @@ def overridden() -> list:
     for ours, theirs in OVERRIDES:
         for name in sorted(set(dir(theirs)) - {"__init__"}):
             method, parent = getattr(ours, name), getattr(theirs, name)
-            if callable(method) and method is not parent and inspect.isfunction(inspect.unwrap(parent)):
-                if "longllava_hf" in getattr(inspect.unwrap(method), "__module__", ""):
-                    found.append(pytest.param(method, parent, id=f"{ours.__name__}.{name}"))
+            if not callable(method) or method is parent or not inspect.isfunction(inspect.unwrap(parent)):
+                continue
+            if "longllava_hf" in getattr(inspect.unwrap(method), "__module__", ""):
+                found.append(pytest.param(method, parent, id=f"{ours.__name__}.{name}"))
     return found
 
 

@@ -154,13 +154,13 @@ class RecurrentLayer(LinearAttentionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """As [`DynamicLayer.batch_repeat_interleave`]."""
-        if (rows := _layer_rows(self)) is not None:
-            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
+        for state in list(layer_tensors(self).values())[:1]:
+            self.reorder_cache(torch.arange(len(state)).repeat_interleave(repeats))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """As [`DynamicLayer.batch_select_indices`]."""
-        if (rows := _layer_rows(self)) is not None:
-            self.reorder_cache(torch.arange(rows)[indices.cpu()])  # type: ignore[arg-type]
+        for state in list(layer_tensors(self).values())[:1]:
+            self.reorder_cache(torch.arange(len(state))[indices.cpu()])  # type: ignore[arg-type]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises `ValueError`: a recurrent state cannot be rolled back."""
@@ -206,16 +206,17 @@ class LongLLaVACache(DynamicCache):
         super().crop(tokens_to_remove)
 
 
-def _layer_rows(layer: Any) -> int | None:
-    """How many sequences a layer holds; `None` for an empty one."""
-    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
-    tensors = [x for x in (getattr(layer, "keys", None), *states) if isinstance(x, torch.Tensor) and x.numel()]
-    return tensors[0].shape[0] if tensors else None
+def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer of a cache holds, by name: `keys` and `values`, `conv_states.0` and `recurrent_states.0`."""
+    tensors = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in ("conv_states", "recurrent_states"):
+        tensors.update({f"{name}.{i}": state for i, state in getattr(layer, name, {}).items()})
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.numel()}
 
 
 def cache_rows(cache: Cache) -> int:
     """How many sequences a cache holds; 0 if it is empty."""
-    return next((rows for layer in cache.layers if (rows := _layer_rows(layer)) is not None), 0)
+    return next((x.shape[0] for layer in cache.layers for x in layer_tensors(layer).values()), 0)
 
 
 def cached_length(cache: Cache | None) -> int:
@@ -261,5 +262,6 @@ __all__ = [
     "cache_rows",
     "cached_length",
     "is_empty",
+    "layer_tensors",
     "restored_on_error",
 ]

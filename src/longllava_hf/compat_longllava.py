@@ -1,21 +1,22 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What differs between the releases of Transformers that are supported. Found by looking, never by a version number.
+What differs between the releases of the hosts that are supported, found by looking and never by a version number, and what
+is not public in them. Neither is named in any other file.
 
-| name | differs | release |
-|---|---|---|
-| `CACHE` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 |
-
-And names of the hosts that are not public.
-
-| name | stands for | reason | public alternative |
-|---|---|---|---|
-| `should_convert_module` | a helper of Transformers' quantisers, all releases | to say beforehand what they leave alone | none |
-| `experts_implementation` | `config._experts_implementation`, all releases | what the user chose is kept there | none |
-| `StackedExperts` | attributes that Transformers' experts functions read, more of them since 5.23 | to call them | none |
-| `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | how PEFT tells a layer of an adapter for each row | none |
-| `TorchDispatchMode`, `tree_leaves` | torch's `torch.utils._python_dispatch`, `._pytree` | to count allocations | none |
-| `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | speed of generated tokens on a CPU | a product after a cast |
+| name | what it stands for | since | reason | public alternative |
+|---|---|---|---|---|
+| `CACHE`, `as_cache`, `get_cache`, `take_cache`, `accepts_cache` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 | both names on every release | - |
+| `recurrent_states` | `Cache.get_conv_state`; before, attributes of a layer | 5.20 | 5.17 has the attributes alone | - |
+| `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
+| `capture_outputs`, `OutputRecorder`, `merge_with_config_defaults` | what Transformers' own models are decorated with | all | hidden states, attentions, router logits | none for packages |
+| `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks into a model's source file | all | experts have a file of their own | none |
+| `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
+| `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
+| `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
+| `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
+| `TorchDispatchMode`, `tree_leaves` | torch's `utils._python_dispatch`, `utils._pytree` | all | to count allocations | none |
+| `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | all | speed of generated tokens on a CPU | a product after a cast |
+| `attention_and_logsumexp_cpu` | torch's `_scaled_dot_product_flash_attention_for_cpu` | all | a past without a mask on a CPU | attention with a mask |
 """
 
 import functools
@@ -31,6 +32,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -103,6 +106,14 @@ def experts_implementation(config: Any) -> str | None:
     return config._experts_implementation
 
 
+class SettableExperts:
+    """A model of which `set_experts_implementation` chooses the experts."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
 class StackedExperts:
     """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
 
@@ -142,17 +153,32 @@ def int8_matmul_cpu(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | 
     return multiply(rows.contiguous(), weight.contiguous(), ones)
 
 
+def attention_and_logsumexp_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, is_causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's fused attention on a CPU, which also tells by what its rows were divided, `(batch, heads, length)`."""
+    if query.is_meta:
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, is_causal=is_causal, scale=scaling)
+
+
 __all__ = [
     "CACHE",
+    "OutputRecorder",
+    "SettableExperts",
     "StackedExperts",
     "TorchDispatchMode",
     "accepts_cache",
     "as_cache",
+    "attention_and_logsumexp_cpu",
+    "capture_outputs",
     "execution_device",
     "experts_implementation",
     "get_cache",
     "has_forward_pre_hooks",
     "int8_matmul_cpu",
+    "merge_with_config_defaults",
     "recurrent_states",
     "should_convert_module",
     "take_cache",

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty
+from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, layer_tensors
 from .compat_longllava import execution_device
 
 
@@ -286,9 +286,10 @@ class LongLLaVAContext:
             raise ValueError("The context is empty: 0 tokens were read, and there is nothing to keep.")
         length = cached_length(self.cache)
         tensors = {
-            f"layers.{i}.{name}": x
+            # Of keys and values allocated ahead only the positions that are in use.
+            f"layers.{i}.{name}": x[..., :length, :] if name in ("keys", "values") else x
             for i, layer in enumerate(self.cache.layers)
-            for name, x in _tensors_of(layer, length)
+            for name, x in layer_tensors(layer).items()
         }
         tensors["input_ids"] = self._inputs.input_ids
         if self._inputs.attention_mask is not None:
@@ -364,16 +365,6 @@ class LongLLaVAContext:
             json.loads(metadata["image_hashes"]),
         )
         return context
-
-
-def _tensors_of(layer: Any, length: int) -> list[tuple[str, torch.Tensor]]:
-    """What a layer holds, by name; of keys and values allocated ahead only the positions that are in use."""
-    tensors: list[tuple[str, Any]] = []
-    if isinstance(getattr(layer, "keys", None), torch.Tensor):
-        tensors = [(name, getattr(layer, name)[..., :length, :]) for name in ("keys", "values")]
-    for name in ("conv_states", "recurrent_states"):
-        tensors += [(f"{name}.{i}", state) for i, state in getattr(layer, name, {}).items()]
-    return [(name, x) for name, x in tensors if isinstance(x, torch.Tensor) and x.numel()]
 
 
 def _fill_layer(layer: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -397,6 +397,11 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             if cache is not None:
                 raise ValueError("A cache can only be continued with `input_ids` or `inputs_embeds`.")
             return super().generate(generation_config=config, **kwargs)  # which begins with the first token there is
+        if self._is_wrapped() and config.use_cache is not False and all(LongLLaVACache(self.config).is_linear):
+            raise ValueError(
+                "PEFT goes by the number of cached positions, of which a decoder without attention layers has none: generate"
+                " with `use_cache=False`."
+            )
         images = kwargs.pop("pixel_values", None), kwargs.pop("mm_encoder_outputs", None)
         with restored_on_error(cache):
             if context is None:

@@ -25,15 +25,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.jamba.modeling_jamba import JambaMLP, JambaRMSNorm, load_balancing_loss_func, repeat_kv
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, scale_bytes
 from .cache_longllava import LongLLaVACache
 from .causal_conv1d_longllava import causal_conv1d, sequence_starts
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
-from .compat_longllava import accepts_cache, as_cache, get_cache, recurrent_states, take_cache
+from .compat_longllava import (
+    OutputRecorder,
+    SettableExperts,
+    accepts_cache,
+    as_cache,
+    attention_and_logsumexp_cpu,
+    capture_outputs,
+    get_cache,
+    merge_with_config_defaults,
+    recurrent_states,
+    take_cache,
+)
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .generation_longllava import LongLLaVAGenerationMixin
@@ -106,16 +115,6 @@ def eager_attention_forward(
     return (attn_weights @ value).transpose(1, 2).contiguous(), attn_weights
 
 
-def _attention_and_logsumexp(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, is_causal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's fused attention on a CPU, which also tells by what its rows were divided, `(batch, heads, length)`."""
-    if query.is_meta:
-        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, is_causal=is_causal, scale=scaling)
-
-
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float = 0.0
 ) -> torch.Tensor:
@@ -149,9 +148,9 @@ def causal_attention(
     # To the past without a mask, to themselves causally; then both are weighed by the sums they were divided by.
     key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast, a cache may be wider
     packed = query.reshape(batch, kv_heads, -1, head_dim)
-    before, sum_before = _attention_and_logsumexp(packed, key[:, :, :past], value[:, :, :past], scaling)
+    before, sum_before = attention_and_logsumexp_cpu(packed, key[:, :, :past], value[:, :, :past], scaling)
     key, value = (repeat_kv(x[:, :, past:], heads // kv_heads) for x in (key, value))
-    now, sum_now = _attention_and_logsumexp(query, key, value, scaling, is_causal=True)
+    now, sum_now = attention_and_logsumexp_cpu(query, key, value, scaling, is_causal=True)
     share = torch.sigmoid(sum_before.reshape(sum_now.shape) - sum_now).unsqueeze(-1).to(query.dtype)
     return torch.lerp(now, before.reshape(now.shape), share)
 
@@ -388,7 +387,7 @@ class LongLLaVAMambaDecoderLayer(LongLLaVADecoderLayer):
         return self.mamba(hidden_states, cache=cache, padding=padding, seq_idx=seq_idx)
 
 
-class LongLLaVATextPreTrainedModel(PreTrainedModel):
+class LongLLaVATextPreTrainedModel(SettableExperts, PreTrainedModel):
     config: LongLLaVATextConfig
     base_model_prefix = "model"
     input_modalities = ("text",)
@@ -408,11 +407,6 @@ class LongLLaVATextPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # A recurrent state cannot be rolled back, so `generate` refuses assisted decoding.
         self._is_stateful = "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for the experts in the source of this file; they have one of their own.
-        return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As [`~PreTrainedModel.get_correct_experts_implementation`]; the default is this package's own."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .cache_longllava import LongLLaVACache, PreallocatedLayer
+from .cache_longllava import LongLLaVACache, PreallocatedLayer, layer_tensors
 from .compat_longllava import TorchDispatchMode, tree_leaves
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import default_chunk_size
@@ -129,9 +129,9 @@ def build_on_meta(
 
 
 def _layer_bytes(layer: Any) -> int:
-    """Bytes of all tensors in one layer of a cache."""
-    tensors = [leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)]
-    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of all tensors in one layer of a cache, and of the buffers that they are part of."""
+    storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in layer_tensors(layer).values()}
+    return sum(storages.values())
 
 
 class MemoryPlanner:
