@@ -379,6 +379,108 @@ def test_a_context_file_is_plain_safetensors(small_model, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.ctx"]
 
 
+# What others do to a cache
+
+
+def test_a_cache_that_was_changed_by_something_else(small_model, tmp_path):
+    inputs = prompt()
+    more = torch.tensor([[17]])
+    changes = {
+        "a loop of one's own": lambda cache: small_model(more, cache=cache),
+        "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor([0])),
+        "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
+        "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor([0])),
+        "reset": lambda cache: cache.reset(),
+    }
+    for change in changes.values():
+        context = small_model.prefill(**inputs)
+        with torch.no_grad():
+            change(context.cache)
+        for use in (
+            lambda context=context: context.save(tmp_path / "x", small_model),
+            lambda context=context: context.branch(),
+            lambda context=context: context.reorder_cache(torch.tensor([0])),
+            lambda context=context: small_model.prefill(more, cache=context),
+            lambda context=context: small_model.generate(more, cache=context, max_new_tokens=2),
+        ):
+            with pytest.raises(ValueError, match="was changed by something else after the context had read 48 tokens"):
+                use()
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_cache_is_all_or_nothing_cropped(small_model):
+    """Of a decoder with Mamba layers it is not cropped at all, also where an attention layer comes first."""
+    model = LongLLaVAForConditionalGeneration(small_config(text_config={"attn_layer_offset": 0})).eval()
+    cache = model.prefill(**prompt()).cache
+    before = states(cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-3)
+    assert_same(states(cache), before)
+    with pytest.raises(ValueError, match="must be between -48 and 0"):
+        cache.layers[0].crop(-49)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
+def test_what_was_said_is_in_the_context(small_model, options):
+    """Also of beams, into an empty one: as many rows as were asked, and what was returned."""
+    inputs, context = prompt(), small_model.new_context()
+    output = small_model.generate(**inputs, cache=context, max_new_tokens=4, eos_token_id=None, **options)
+    assert torch.equal(context.input_ids, output[:, :-1])
+    whole = small_model.prefill(output[:, :-1], inputs["pixel_values"])
+    for one, other in zip(states(context), states(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_context(small_model):
+    inputs = prompt()
+    context = small_model.prefill(**inputs)
+    context.batch_repeat_interleave(3)
+    question = torch.tensor([[7, 8], [9, 10], [11, 12]])
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = small_model.generate(question, cache=context, **options)
+    for row in range(3):
+        ids = torch.cat([inputs["input_ids"], question[row : row + 1]], dim=1)
+        alone = small_model.generate(ids, pixel_values=inputs["pixel_values"], **options)
+        for one, other in zip(found.logits, alone.logits):
+            torch.testing.assert_close(one[row : row + 1], other, rtol=1e-4, atol=1e-4)
+    context.batch_select_indices(torch.tensor([2, 0]))
+    assert torch.equal(context.input_ids, found.sequences.new_tensor(context.input_ids.tolist()))
+    assert torch.equal(context.input_ids[:, 48:50], question[[2, 0]]) and len(context.image_hashes) == 2
+
+
+def test_the_pictures_of_each_row_are_known(small_model):
+    inputs = prompt()
+    ids, pixels = inputs["input_ids"].repeat(2, 1), torch.randn(6, 3, 16, 16)
+    context = small_model.prefill(ids, pixels)
+    more = torch.cat([ids, torch.tensor([[7], [8]])], dim=1)
+    for order in ([3, 4, 5, 0, 1, 2], [0, 1, 2, 3, 5, 4], [0, 1, 2, 3, 4, 4]):
+        with pytest.raises(ValueError, match="but not its pictures"):
+            small_model.generate(more, pixel_values=pixels[order], cache=context, max_new_tokens=2)
+    calls = []
+    hook = small_model.model.vision_tower.register_forward_hook(lambda *_: calls.append(None))
+    small_model.generate(more, pixel_values=pixels, cache=context, max_new_tokens=2)
+    hook.remove()
+    assert not calls  # those that are known are compared, and not encoded again
+
+
+def test_files_of_older_releases_are_refused_with_the_reason(small_model, tmp_path):
+    file = tmp_path / "x.ctx"
+    small_model.prefill(**prompt()).save(file, small_model)
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        metadata = stored.metadata()
+    for changes, reason in (
+        ({"format": "longllava_cache", "version": "1"}, "version 1 of the format `longllava_cache`"),
+        ({"version": "3"}, "version 3 of the format `longllava_context`"),
+    ):
+        save_file(tensors, file, metadata={**metadata, **changes})
+        with pytest.raises(
+            ValueError, match=rf"{reason}, and version 2 of `longllava_context` is known.*read them again"
+        ):
+            LongLLaVAContext.load(file, small_model)
+
+
 # On the command line
 
 

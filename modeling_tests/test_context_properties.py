@@ -3,6 +3,7 @@ Whatever is done with a context, what the model says next is what it says after 
 """
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -38,7 +39,8 @@ DECODERS = {
     "llama": {"model_type": "llama", **ROTARY},
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **ROTARY},
 }
-EXAMPLES = 300
+KINDS = ("own", "dynamic", "static", "offloaded")
+EXAMPLES = int(os.environ.get("CONTEXT_EXAMPLES", "300"))
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +144,23 @@ def prompts(draw, rows: int, is_first: bool):
     return torch.tensor(ids), torch.tensor(mask), numbers
 
 
+class NoStream:
+    """Stands for a stream of a GPU where there is none: what is moved is there at once."""
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
 def new_cache(model, kind: str):
     text_config = model.config.get_text_config()
+    if kind == "offloaded" and not all(DynamicCache(config=text_config).is_linear):
+        return DynamicCache(config=text_config, offloading=True)
     if kind == "dynamic":
         return DynamicCache(config=text_config)
     if kind == "static" and any(t == "full_attention" for t in getattr(text_config, "layer_types", None) or [None]):
@@ -252,13 +269,16 @@ def crop(data, context, truth: Truth) -> None:
     truth.pictures = [row[: n // TOKENS] for row, n in zip(truth.pictures, tokens)]
 
 
-@pytest.mark.parametrize("kind", ["own", "dynamic", "static"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_any_sequence_of_operations(decoder, kind):
+def test_any_sequence_of_operations(decoder, kind, monkeypatch):
     model = build(decoder)
+    if kind == "offloaded" and not torch.cuda.is_available():
+        monkeypatch.setattr(torch, "Stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
 
     @settings(
-        max_examples=EXAMPLES // (3 * len(DECODERS)) + 1,
+        max_examples=-(-EXAMPLES // (len(KINDS) * len(DECODERS))),
         deadline=None,
         derandomize=True,
         database=None,

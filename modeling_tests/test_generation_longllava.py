@@ -218,7 +218,7 @@ def test_refused(small_model):
         small_model(IDS, cache=context)
     with pytest.raises(ValueError, match="Mamba layers, for which this DynamicCache has no states"):
         small_model(IDS, cache=DynamicCache())
-    with pytest.raises(ValueError, match="without `inputs_embeds`|alone"):
+    with pytest.raises(ValueError, match="continue it with `input_ids`"):
         small_model.generate(inputs_embeds=torch.randn(2, 3, 32), cache=context, max_new_tokens=2)
     with pytest.raises(ValueError, match="`prefill_chunk_size` must be at least 1"):
         small_model.prefill(IDS, prefill_chunk_size=-3)

@@ -400,11 +400,7 @@ def test_scan_implementations_say_the_same(model, ids, scan):
 def test_a_token_is_one_graph(model, ids):
     """Nothing in the loop asks the device for a value, so it can be captured; the cache stays where it is."""
     static = StaticCache(config=model.config, max_cache_len=60)
-    expected = model.generate(
-        ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=6, do_sample=False
-    )
-    output = model.generate(ids, cache_implementation="static", max_new_tokens=6, do_sample=False)
-    assert torch.equal(output, expected)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
 
     model.set_experts_implementation("batched_mm")  # those of this package are one graph on a GPU
     step = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -415,7 +411,9 @@ def test_a_token_is_one_graph(model, ids):
     for i in range(5):
         may_see = (torch.arange(60) <= 50 + i)[None, None, None].expand(2, 1, 1, 60)
         logits = step(token, past_key_values=static, attention_mask={**masks, "full_attention": may_see}).logits
-        token = logits[:, -1:].argmax(-1)
-        said.append(token)
+        said.append(logits)
+        token = expected[:, 51 + i : 52 + i]
         addresses.add((static.layers[4].keys.data_ptr(), static.layers[0].recurrent_states[0].data_ptr()))
-    assert torch.equal(torch.cat(said, dim=1), expected[:, 51:]) and len(addresses) == 1
+    wanted = model(expected[:, :-1], use_cache=False).logits[:, 50:]
+    torch.testing.assert_close(torch.cat(said, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert len(addresses) == 1
