@@ -5,6 +5,12 @@ What differs between the releases of Transformers that are supported. Found by l
 | name | differs | release |
 |---|---|---|
 | `CACHE` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 |
+
+And the names of the host that are not public.
+
+| name here | name there | release | reason | public alternative |
+|---|---|---|---|---|
+| `merge_processor_kwargs` | `ProcessorMixin._merge_kwargs` | 5.17 to 5.24 | which keyword argument is the tokenizer's and which the image processor's, with the tokenizer's own defaults | none; its first argument is optional since 5.2x |
 """
 
 import functools
@@ -59,4 +65,11 @@ def accepts_cache(function: Callable) -> Callable:
     return wrapper
 
 
-__all__ = ["CACHE", "accepts_cache", "get_cache", "take_cache"]
+def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A processor's keyword arguments by whom they are for: `"text_kwargs"`, `"images_kwargs"`, ..."""
+    return processor._merge_kwargs(
+        processor.valid_processor_kwargs, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs
+    )
+
+
+__all__ = ["CACHE", "accepts_cache", "get_cache", "merge_processor_kwargs", "take_cache"]

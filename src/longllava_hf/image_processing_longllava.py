@@ -504,8 +504,8 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     def _resize_to_tile(self, image: np.ndarray, settings: dict) -> np.ndarray:
         """An array padded to a square, if wanted, and resized."""
         if settings["do_pad"]:
-            mean = settings["image_mean"]
-            image = self.pad_to_square(image, tuple(int(x * 255) for x in mean) if mean is not None else 0)
+            background: Any = tuple(int(x * 255) for x in settings["image_mean"] or (0,))
+            image = self.pad_to_square(image, background)
         return self.resize(image, settings["size"], resample=settings["resample"]) if settings["do_resize"] else image
 
     def _tiles(
@@ -541,8 +541,10 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
 
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The settings of one call: those given, the rest from this processor. Raises where they make no sense."""
-        validate_typed_dict(self.valid_kwargs, given)
-        settings = {name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+        validate_typed_dict(self.valid_kwargs, given)  # type: ignore[type-var]
+        settings: dict[str, Any] = {
+            name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__
+        }
         for name, to_square in (("size", settings["default_to_square"]), ("crop_size", True)):
             if settings[name] is not None:
                 sizes = get_size_dict(settings[name], default_to_square=to_square, param_name=name)
