@@ -137,8 +137,12 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     `processor(images=None, text=None, videos=None, ...)`: in `text`, each `<image>` and `<video>` stands for the next
     picture or video. A video is a path, URL, bytes, a list of frames, or an array `(frames, height, width, 3)`; a file
-    is sampled by `num_frames` (uniformly) or `fps`. `pixel_values` holds all pictures and frames of the
-    batch, in reading order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
+    is sampled by `num_frames` (uniformly) or `fps`. `pixel_values` holds all pictures and frames of the batch, in reading
+    order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
+
+    `processor.apply_chat_template(...)` takes the roles `system`, `user` and `assistant`. A system message is the first one
+    and has text alone; the text, a blank line, and then the content of the user's message that follows it are read as
+    one message of the user.
     """
 
     image_token = "<image>"
@@ -297,7 +301,7 @@ class LongLLaVAProcessor(ProcessorMixin):
                 videos.append(f"<vid>{'<t>'.join([tokens] * len(item))}</vid>")
                 position += len(item)
             else:
-                rows, columns = (0, 0) if grids is None else grids[position]
+                rows, columns = (0, 0) if grids is None else grids[position].tolist()
                 images.append("\n".join([tokens, *[tokens * columns] * rows]))
                 position += 1
         return images, videos
