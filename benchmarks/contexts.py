@@ -8,7 +8,6 @@ from the film. Same tokens; how many times faster in total, with the model loade
 """
 
 import argparse
-import copy
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 from report import RESULTS, machine, print_table, run_apart, write_json
 
 import longllava_hf
-from longllava_hf import LongLLaVACache
+from longllava_hf import LongLLaVAContext
 from longllava_hf.image_processing_longllava import VideoFile
 
 
@@ -89,11 +88,11 @@ def answers_from_file(file: str) -> tuple[list[list[int]], float, float]:
     entered = time.perf_counter()
     model, processor = load()
     started, answers = time.perf_counter(), []
-    context = LongLLaVACache.load(file, model, processor)
+    context = LongLLaVAContext.load(file, model, processor)
     for question in QUESTIONS:
         text = f"</img></vid>\n{question}\n<|startoftext|><|Assistant|>\n"
         ids = torch.tensor([processor.tokenizer(text, add_special_tokens=False)["input_ids"]])
-        output = model.generate(ids, past_key_values=copy.deepcopy(context), max_new_tokens=4, do_sample=False)
+        output = model.generate(ids, cache=context.branch(), max_new_tokens=4, do_sample=False)
         answers.append(output[0, ids.shape[1] :].tolist())
     done = time.perf_counter()
     return answers, done - started, done - entered

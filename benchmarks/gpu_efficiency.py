@@ -182,7 +182,9 @@ def measure_images(model, device: Device, images: int, new_tokens: int, chunk: i
     results: dict[str, Any] = {}
 
     def encode() -> None:
-        features = model._encode_images({"pixel_values": pixels})
+        features = torch.cat(
+            [torch.cat(list(model.get_image_features(part).pooler_output)) for part in pixels.split(64)]
+        )
         results["pictures"] = {"image": BaseModelOutputWithPooling(pooler_output=[features])}
 
     def read() -> None:

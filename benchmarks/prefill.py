@@ -17,7 +17,6 @@ from report import RESULTS, draw, machine, peak_of, print_table, run_apart, time
 from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
 from longllava_hf import LongLLaVACache, LongLLaVAForCausalLM
-from longllava_hf.cache_longllava import make_room
 from longllava_hf.modeling_longllava import default_chunk_size
 
 
@@ -51,8 +50,7 @@ def prefill(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
     if isinstance(model, JambaForCausalLM):
         cache: Any = DynamicCache(config=model.config)
         return model(ids, past_key_values=cache, logits_to_keep=1).logits, cache
-    cache = LongLLaVACache(config=model.config)
-    make_room(cache, ids.shape[1] + 256)
+    cache = LongLLaVACache(model.config, capacity=ids.shape[1] + 256)
     for chunk in ids.split(default_chunk_size("cpu"), dim=1):
         logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
     return logits, cache
@@ -119,7 +117,7 @@ def compare_decoding(folder: str, contexts: list[int], rounds: int, new_tokens: 
 
         def attend(layer=layer, hidden_states=hidden_states, cache=cache) -> None:
             for _ in range(new_tokens):
-                layer(hidden_states, past_key_values=cache)
+                layer(hidden_states, cache=cache)
 
         attention[context] = attend
     seconds = time_side_by_side(candidates, rounds)

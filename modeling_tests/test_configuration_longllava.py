@@ -1,13 +1,15 @@
+import copy
 import json
 import logging as python_logging
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from longllava_hf import LongLLaVAConfig, LongLLaVATextConfig
 from longllava_hf.configuration_longllava import (
     DEFAULT_VISION_TOWER,
+    SUPPORTED_DECODERS,
     locate_vision_tower,
     native_to_published,
     published_to_native,
@@ -41,10 +43,7 @@ def test_native_configuration_survives_saving(tmp_path):
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is LongLLaVAConfig
-    ours, theirs = again.to_dict(), config.to_dict()
-    for one in (ours, theirs):
-        one.pop("_name_or_path", None)
-    assert ours == theirs
+    assert again.to_dict() == config.to_dict()
 
 
 def test_back_to_the_published_layout():
@@ -124,10 +123,113 @@ def test_impossible_architectures_are_refused():
         LongLLaVAConfig(vision_feature_select_strategy="full")
 
 
-def test_any_decoder(tmp_path):
-    text = Qwen2Config(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    LongLLaVAConfig(text_config=text, pooling_order="after_projector").save_pretrained(tmp_path)
+@pytest.mark.parametrize("read", [AutoConfig.from_pretrained, LongLLaVAConfig.from_pretrained])
+def test_a_configuration_is_equal_to_itself_wherever_it_is_saved(tmp_path, read):
+    read(published("moe")).save_pretrained(tmp_path / "one")
+    one = read(tmp_path / "one")
+    one.save_pretrained(tmp_path / "two")
+    two = read(tmp_path / "two")
+    assert two == one == copy.deepcopy(one) and vars(two) == vars(one) and two.to_dict() == one.to_dict()
+
+
+ATTENTION_FIRST = ["full_attention", "linear_attention", "linear_attention"]
+
+
+def test_layer_types_can_be_given(tmp_path):
+    text = LongLLaVATextConfig(num_hidden_layers=3, layer_types=ATTENTION_FIRST)
+    assert text.layers_block_type == ["attention", "mamba", "mamba"] and text.layers_num_experts == [1, 16, 1]
+    LongLLaVAConfig(text_config=text).save_pretrained(tmp_path)
+    for read in (AutoConfig.from_pretrained, LongLLaVAConfig.from_pretrained):
+        assert read(tmp_path).text_config.layer_types == ATTENTION_FIRST
+    assert LongLLaVATextConfig.from_pretrained(tmp_path).layer_types == ATTENTION_FIRST
+    assert LongLLaVATextConfig.from_dict(text.to_diff_dict()).layer_types == ATTENTION_FIRST
+    jambas = LongLLaVATextConfig(num_hidden_layers=2, layer_types=["mamba", "attention"])
+    assert jambas.layer_types == ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="other `layer_types`"):
+        native_to_published(AutoConfig.from_pretrained(tmp_path), "x")
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "message"),
+    [
+        (ATTENTION_FIRST[:2], r"\(3\) must be equal to the number of `layer_types` \(2\)"),
+        (["full_attention", "sliding_attention", "linear_attention"], r"\['sliding_attention'\] are among them"),
+        (["full_attention", "nothing", "linear_attention"], "nothing"),
+    ],
+)
+def test_layer_types_that_make_no_sense(layer_types, message):
+    with pytest.raises(Exception, match=message):
+        LongLLaVATextConfig(num_hidden_layers=3, layer_types=layer_types)
+
+
+def test_layer_types_follow_period_and_offset(tmp_path):
+    text = LongLLaVATextConfig(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1)
+    assert text.layers_block_type == ["mamba", "attention"] * 2
+    text.num_hidden_layers = 5
+    assert text.layers_block_type == ["mamba", "attention", "mamba", "attention", "mamba"]
+    text.attn_layer_offset = 0
+    assert text.layer_types[:2] == ["full_attention", "linear_attention"]
+    config = LongLLaVAConfig(text_config=text)
+    config.save_pretrained(tmp_path)
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())["text_config"]
+    for fewer in (
+        LongLLaVATextConfig.from_pretrained(tmp_path, num_hidden_layers=2),
+        LongLLaVAConfig.from_pretrained(tmp_path, text_config={"num_hidden_layers": 2}).text_config,
+    ):
+        assert fewer.layer_types == ["full_attention", "linear_attention"]
+
+
+def test_layer_types_of_another_number_of_layers_are_refused(tmp_path):
+    text = LongLLaVATextConfig(num_hidden_layers=3, layer_types=ATTENTION_FIRST)
+    text.num_hidden_layers = 2
+    for read in ("layers_block_type", "layers_num_experts"):
+        with pytest.raises(ValueError, match=r"`num_hidden_layers` \(2\) must be equal .*`layer_types` \(3\)"):
+            getattr(text, read)
+    with pytest.raises(Exception, match="must be equal"):
+        text.save_pretrained(tmp_path)
+    text.layer_types = ATTENTION_FIRST[:2]
+    assert text.layers_block_type == ["attention", "mamba"]
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [Qwen2Config(**SIZES), Qwen3Config(**SIZES), LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=None)],
+)
+def test_other_decoders(tmp_path, decoder):
+    LongLLaVAConfig(text_config=decoder, pooling_order="after_projector").save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config.text_config) is Qwen2Config and config.pooling_order == "after_projector"
-    with pytest.raises(ValueError, match="qwen2"):
+    assert type(config.text_config) is type(decoder) and config.pooling_order == "after_projector"
+    assert config.text_config.model_type in SUPPORTED_DECODERS
+    with pytest.raises(ValueError, match=decoder.model_type):
         native_to_published(config, "x")
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mixtral", "gemma3_text", "granitemoe", "mamba2"])
+def test_decoders_that_are_not_supported(model_type):
+    for decoder in (CONFIG_MAPPING[model_type](), {"model_type": model_type}):
+        with pytest.raises(ValueError, match=rf"`{model_type}` is not supported.*'longllava_text', 'qwen2', 'qwen3'"):
+            LongLLaVAConfig(text_config=decoder)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"model_type": "mistral"}, "has `sliding_window=4096`: set `sliding_window=None`"),
+        (MistralConfig(sliding_window=8), "has `sliding_window=8`: set `sliding_window=None`"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "set `use_sliding_window=False`"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 99},
+            "set `use_sliding_window=False`",
+        ),
+        (
+            Qwen2Config(**SIZES, layer_types=["full_attention", "sliding_attention"]),
+            r"\['sliding_attention'\] are among",
+        ),
+    ],
+)
+def test_sliding_windows_are_refused(decoder, message):
+    with pytest.raises(ValueError, match=message):
+        LongLLaVAConfig(text_config=decoder)

@@ -169,6 +169,8 @@ def test_pipeline():
     ]
     assert pipe(text=messages, return_full_text=False, max_new_tokens=4)[0]["generated_text"].strip() == "7"
     assert pipe(text=messages, max_new_tokens=4)[0]["generated_text"][-1]["content"].strip() == "7"
+    system = {"role": "system", "content": "You read digits."}
+    assert pipe(text=[system, *messages], return_full_text=False, max_new_tokens=4)[0]["generated_text"]
     prompt = "<image>\nWhich digit is this?\n"
     answer = pipe(images=DIGITS["three"], text=prompt, return_full_text=False, max_new_tokens=4)
     assert answer[0]["generated_text"].strip() == "3"

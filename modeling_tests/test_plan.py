@@ -130,6 +130,14 @@ def test_another_decoder():
     assert plan.items["KV cache"] == 3 * 2 * 2 * 16 * 2 * plan.tokens
 
 
+def test_layer_types_that_were_given():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    types = ["full_attention", "linear_attention", "linear_attention", "full_attention", "linear_attention"]
+    text = {**sizes, "vocab_size": 1000, "num_experts": 1, "num_hidden_layers": 5, "layer_types": types}
+    plan = MemoryPlanner(LongLLaVAConfig(text_config=text)).plan(10)
+    assert plan.items["KV cache"] == 2 * 2 * 2 * 16 * 2 * plan.tokens
+
+
 def test_tracker():
     with MemoryTracker() as tracker:
         a = torch.ones(1000)

@@ -1,15 +1,18 @@
 """The token protocol, against the ids of the authors' code, and every way of passing pictures and videos."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from longllava_hf import LongLLaVAProcessor
+from longllava_hf import TINY, LongLLaVAImageProcessor, LongLLaVAProcessor
 from longllava_hf.image_processing_longllava import VideoFile
+from longllava_hf.processing_longllava import CHAT_TEMPLATE
 
 from .conftest import FIXTURES
 
@@ -266,7 +269,7 @@ def test_counts_that_differ(processor, prompt, images, videos, message):
         ([], "at least 1 message"),
         ([[]], "at least 1 message"),
         (None, "at least 1 message"),
-        ([{"role": "system", "content": "Be brief."}], r"Message 0 has the role 'system'.*\['user', 'assistant'\]"),
+        ([{"role": "critic", "content": "x"}], r"Message 0 has the role 'critic'.*\['system', 'user', 'assistant'\]"),
         ([{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x"}], "Message 1 has the role 'tool'"),
         ([{"content": "Hi"}], "Message 0 has the role None"),
         ([{"role": "user", "content": [text("Is <image> a tag?")]}], "Message 0, block 0, has `<image>` in its text"),
@@ -336,3 +339,186 @@ def test_nothing_at_all(processor):
         processor(text="Hi", audio=np.zeros(100))
     with pytest.raises(ValueError, match="string or a list of strings"):
         processor(text=[1, 2])
+
+
+# The system message
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HELLO = {"role": "user", "content": "Hello!"}
+HI = {"role": "assistant", "content": "Hi."}
+
+
+@pytest.mark.parametrize("content", ["Be brief.", [text("Be "), text("brief.")]])
+def test_a_system_message_comes_before_the_first_user_message(processor, content):
+    system = {"role": "system", "content": content}
+    for first, rest in (
+        ("Hello!", "Hello!\n"),
+        ([text("Look: "), image()], "Look: <image>\n"),
+        ([image()], "<image>\n"),
+    ):
+        prompt = processor.apply_chat_template([system, {"role": "user", "content": first}, HI, HELLO])
+        assert prompt == (
+            f"<|startoftext|><|User|>\nBe brief.\n\n{rest}<|startoftext|><|Assistant|>\nHi.\n"
+            "<|startoftext|><|User|>\nHello!\n"
+        )
+    empty = {"role": "system", "content": ""}
+    assert processor.apply_chat_template([empty, HELLO]) == processor.apply_chat_template([HELLO])
+
+
+@pytest.mark.parametrize("row", TURNS)
+def test_a_system_message_leaves_what_the_assistant_said(processor, row):
+    """The ids of a conversation with a system message are those of its text in the user's message; so is the mask."""
+    messages = conversation(row)
+    first = messages[0]["content"]
+    written_out = [text("Be brief.\n\n"), *([text(first)] if isinstance(first, str) else first)]
+    expected, found = (
+        apply(processor, chat, return_assistant_tokens_mask=True)
+        for chat in ([{"role": "user", "content": written_out}, *messages[1:]], [SYSTEM, *messages])
+    )
+    said = found["input_ids"][0][found["assistant_masks"][0].bool()].tolist()
+    labels = PROTOCOL[row]["labels"]
+    assert said == [i for i, label in zip(PROTOCOL[row]["input_ids"], labels) if label != -100]
+    for name in ("input_ids", "assistant_masks"):
+        assert torch.equal(found[name], expected[name])
+
+
+SYSTEM_MISUSE = [
+    ([SYSTEM], "Message 0 has the role 'system'.*None is next"),
+    ([SYSTEM, HI], "Message 0 has the role 'system'.*'assistant' is next"),
+    ([SYSTEM, SYSTEM, HELLO], "Message 0 has the role 'system'.*'system' is next"),
+    ([HELLO, SYSTEM, HELLO], "Message 1 has the role 'system': it must be the first message"),
+    ([{"role": "system", "content": [image()]}, HELLO], "Message 0, block 0, has type `image`, but only the user"),
+]
+
+
+@pytest.mark.parametrize(("messages", "message"), SYSTEM_MISUSE)
+def test_system_messages_that_make_no_sense(processor, messages, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(messages)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([[HELLO], messages])
+
+
+@pytest.mark.parametrize("messages", [messages for messages, _ in SYSTEM_MISUSE])
+def test_the_template_itself_refuses_them(messages):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    with pytest.raises(Exception, match="A message of the role 'system'"):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = tokenizer.apply_chat_template([SYSTEM, HELLO], tokenize=False)
+    assert prompt == "<|startoftext|><|User|>\nBe brief.\n\nHello!\n"
+
+
+def test_the_small_checkpoint_has_the_template():
+    assert Path(TINY, "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+# What the host may change
+
+
+@pytest.mark.parametrize("kind", ["files", "pictures"])
+def test_a_film_in_a_chat_stays_one_film(processor, tmp_path, kind):
+    """Hosts rebuild the lists in a conversation (Transformers 5.24); the frames of a film must not become pictures."""
+    frames = [picture(g) for g in (10, 60, 110)]
+    sources = [str(tmp_path / f"{i}.png") for i in range(3)] if kind == "files" else frames
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    content = [image(), {"type": "video", "video": sources}, text("What?")]
+    for chat in ([{"role": "user", "content": content}], [SYSTEM, {"role": "user", "content": content}]):
+        for inputs in (apply(processor, chat), apply(processor, [chat], processor_kwargs={"lazy": True})):
+            pixel_values = inputs["pixel_values"]
+            pixel_values = pixel_values if isinstance(pixel_values, torch.Tensor) else pixel_values.load()
+            assert torch.equal(
+                pixel_values, processor.image_processor([PICTURE, *frames], return_tensors="pt")["pixel_values"]
+            )
+            decoded = re.sub("(<image>)+", "<image>", processor.decode(inputs["input_ids"][0])).replace(" ", "")
+            assert (
+                "<img><image></img>\n<vid><img><image></img><t><img><image></img><t><img><image></img></vid>\nWhat?"
+                in decoded
+            )
+
+
+def test_spans_of_what_was_replaced(processor):
+    """What hosts move the assistant's spans by, and what offsets into the given text are made from."""
+    prompt = "a <video> b <image> c"
+    inputs = processor(text=prompt, images=PICTURE, videos=[[PICTURE] * 2], return_text_replacement_offsets=True)
+    (spans,) = inputs["text_replacement_offsets"]
+    tokens = "<img>" + "<image>" * 144 + "</img>"
+    assert [span["type"] for span in spans] == ["video", "image"]
+    assert [prompt[slice(*span["span"])] for span in spans] == ["<video>", "<image>"]
+    assert [span["replacement"] for span in spans] == [f"<vid>{tokens}<t>{tokens}</vid>", tokens]
+    assert spans[1]["new_span"][0] == prompt.index("<image>") + len(spans[0]["replacement"]) - len("<video>")
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"return_offsets_mapping": True}, {"text_kwargs": {"return_offsets_mapping": True}}]
+)
+def test_offsets_wherever_they_are_asked_for(processor, kwargs):
+    inputs = processor(text="See <image>.", images=PICTURE, **kwargs)
+    spans = {tuple(span) for i, span in zip(inputs["input_ids"][0], inputs["offset_mapping"][0]) if i == 516}
+    assert spans == {(4, 11)}
+
+
+def test_truncation_does_not_cut_into_a_picture(processor):
+    with pytest.raises(ValueError, match=r"have \[144\] tokens of pictures, and \[\d+\] of them are left"):
+        processor(text="<image> What?", images=PICTURE, truncation=True, max_length=50)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("source", ["published", "own"])
+@pytest.mark.parametrize("auto", [AutoProcessor, LongLLaVAProcessor])
+def test_settings_given_when_loading_win(published_copy, source, auto):
+    folder = published_copy() if source == "published" else TINY
+    size = {"height": 28, "width": 28}
+    settings = {
+        "do_normalize": False,
+        "patch_strategy": "best_fit",
+        "image_grid_pinpoints": [[1, 2]],
+        "crop_size": size,
+    }
+    loaded = auto.from_pretrained(folder, **settings, num_frames=3)
+    assert loaded.image_processor.do_normalize is False and loaded.image_processor.patch_strategy == "best_fit"
+    assert dict(loaded.image_processor.crop_size) == size and loaded.num_frames == 3
+    inputs = loaded(text="<image>", images=PICTURE, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (3, 3, 28, 28) and inputs["pixel_values"].min() >= 0
+    assert inputs["input_ids"][0].tolist().count(loaded.image_token_id) == 3 * loaded.image_processor.image_seq_length
+    stored = auto.from_pretrained(folder).image_processor
+    assert stored.do_normalize is True and stored.patch_strategy == "none"
+    assert not set(settings) & set(loaded.tokenizer.init_kwargs)
+
+
+def test_settings_given_to_the_image_processor_win():
+    for auto in (LongLLaVAImageProcessor, AutoImageProcessor):
+        try:
+            loaded = auto.from_pretrained(TINY, do_normalize=False, patch_strategy="best_fit")
+        except ImportError:
+            continue  # releases that have no AutoImageProcessor without torchvision
+        assert loaded.do_normalize is False and loaded.patch_strategy == "best_fit"
+
+
+def test_other_components_given_when_loading_win(processor):
+    loaded = LongLLaVAProcessor.from_pretrained(TINY, tokenizer=processor.tokenizer, chat_template="x")
+    assert loaded.tokenizer is processor.tokenizer and loaded.chat_template == "x"
+    assert loaded.image_processor.image_seq_length == 4
+
+
+def test_a_damaged_file_of_settings_is_not_passed_over(published_copy):
+    folder = published_copy()
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(OSError, match=r"preprocessor_config\.json"):
+        LongLLaVAProcessor.from_pretrained(folder)
+
+
+def test_how_films_are_sampled_is_saved(tiny_processor, film, tmp_path):
+    """And nothing is declared for a video processor, which there is not."""
+    assert not hasattr(tiny_processor, "videos_kwargs") and tiny_processor.num_frames == 128
+    processor = LongLLaVAProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, num_frames=5)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor.to_dict() and again.num_frames == 5
+    path = str(film(40))
+    assert len(again(text="<video>", videos=path)["pixel_values"]) == 5
+    chat = [{"role": "user", "content": [{"type": "video", "path": path}]}]
+    assert len(apply(again, chat)["pixel_values"]) == 5
+    assert len(apply(again, chat, processor_kwargs={"num_frames": 7})["pixel_values"]) == 7

@@ -24,7 +24,7 @@ from .image_processing_longllava import Frames, VideoFile, load_picture, read_so
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
-from .processing_longllava import LongLLaVAProcessor
+from .processing_longllava import DEFAULT_NUM_FRAMES
 from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
 
@@ -67,7 +67,7 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
     except Exception as not_a_picture:
         try:
             if num_frames is None and fps is None:
-                num_frames = LongLLaVAProcessor.videos_kwargs["num_frames"]
+                num_frames = DEFAULT_NUM_FRAMES
             return Visual(path, "video", VideoFile(path, num_frames=num_frames, fps=fps, name=f"`{path}`"))
         except ValueError as not_a_video:
             if "not a video" not in str(not_a_video):

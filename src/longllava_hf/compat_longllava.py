@@ -17,6 +17,7 @@ is not public in them. Neither is named in any other file.
 | `TorchDispatchMode`, `tree_leaves` | torch's `utils._python_dispatch`, `utils._pytree` | all | to count allocations | none |
 | `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | all | speed of generated tokens on a CPU | a product after a cast |
 | `attention_and_logsumexp_cpu` | torch's `_scaled_dot_product_flash_attention_for_cpu` | all | a past without a mask on a CPU | attention with a mask |
+| `merge_processor_kwargs` | `ProcessorMixin._merge_kwargs` | 5.17 to 5.24 | which keyword argument is the tokenizer's and which the image processor's, with the tokenizer's own defaults | none; its first argument is optional since 5.2x |
 """
 
 import functools
@@ -163,6 +164,13 @@ def attention_and_logsumexp_cpu(
     return attend(query, key, value, is_causal=is_causal, scale=scaling)
 
 
+def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A processor's keyword arguments by whom they are for: `"text_kwargs"`, `"images_kwargs"`, ..."""
+    return processor._merge_kwargs(
+        processor.valid_processor_kwargs, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs
+    )
+
+
 __all__ = [
     "CACHE",
     "OutputRecorder",
@@ -178,6 +186,7 @@ __all__ = [
     "get_cache",
     "has_forward_pre_hooks",
     "int8_matmul_cpu",
+    "merge_processor_kwargs",
     "merge_with_config_defaults",
     "recurrent_states",
     "should_convert_module",

@@ -1,5 +1,8 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""LongLLaVA configurations, and the translation from the flat `llava_jamba` configuration its authors published."""
+"""
+LongLLaVA configurations, the decoders that are supported, and the translation from the flat `llava_jamba` configuration
+its authors published.
+"""
 
 import copy
 import math
@@ -12,6 +15,12 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+SUPPORTED_DECODERS = ("longllava_text", "qwen2", "qwen3", "llama", "mistral")
+"""Model types that a LongLLaVA's decoder may have: those that contexts, chunks and packed samples are tested with."""
+
+LAYER_TYPES = ("full_attention", "linear_attention")
+"""Kinds of layers that a decoder may have; `"linear_attention"` is Mamba."""
 
 DEFAULT_VISION_TOWER = "openai/clip-vit-large-patch14-336"
 
@@ -71,6 +80,10 @@ class LongLLaVATextConfig(PreTrainedConfig):
             Experts a token is sent to. Their weights come from a softmax over all experts and are not renormalised.
         attn_layer_period, attn_layer_offset (`int`, default to 8 and 4):
             Layer `i` is attention where `i % attn_layer_period == attn_layer_offset`.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"linear_attention"` (Mamba) for each layer, instead of period and offset; by default
+            what these two say. Transformers' caches are built from it. Only a list that period and offset do not give is
+            saved, so that the number of layers can be changed in a saved configuration.
         expert_layer_period, expert_layer_offset (`int`, default to 2 and 1):
             Layer `i` has experts where `i % expert_layer_period == expert_layer_offset`.
         mamba_d_state (`int`, defaults to 16):
@@ -121,6 +134,7 @@ class LongLLaVATextConfig(PreTrainedConfig):
     expert_layer_offset: int = 1
     attn_layer_period: int = 8
     attn_layer_offset: int = 4
+    layer_types: list[str] | Any = None  # a list once it is filled, whatever was given
     mamba_d_state: int = 16
     mamba_d_conv: int = 4
     mamba_expand: int = 2
@@ -142,23 +156,44 @@ class LongLLaVATextConfig(PreTrainedConfig):
         if self.mamba_dt_rank == "auto":
             self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+        if self.layer_types is None:
+            self.validate_architecture()  # period and offset are about to be used
+            self.layer_types = self._periodic_layer_types()
 
-    @property
-    def layer_types(self) -> list[str]:
-        """`"full_attention"` or `"linear_attention"` (Mamba) for each layer; Transformers' caches are built from it."""
+    def __setattr__(self, name, value):
+        # Layer types that period and offset give keep following them, and the number of layers.
+        follow = name in ("num_hidden_layers", "attn_layer_period", "attn_layer_offset") and self._is_periodic()
+        super().__setattr__(name, value)
+        if follow:
+            self.layer_types = self._periodic_layer_types()
+
+    def _periodic_layer_types(self) -> list[str]:
         return [
             "full_attention" if i % self.attn_layer_period == self.attn_layer_offset else "linear_attention"
             for i in range(self.num_hidden_layers)
         ]
 
+    def _is_periodic(self) -> bool:
+        """Whether the layer types are what period and offset give; not while they are still to be filled."""
+        return self.layer_types is not None and self.layer_types == self._periodic_layer_types()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~PreTrainedConfig.to_dict`], without layer types that period and offset give."""
+        output = super().to_dict()
+        if self._is_periodic():
+            del output["layer_types"]
+        return output
+
     @property
     def layers_block_type(self) -> list[str]:
-        """The same under Jamba's names, `"attention"` and `"mamba"`."""
+        """The layer types under Jamba's names, `"attention"` and `"mamba"`."""
+        self.validate_layer_type()
         return ["attention" if kind == "full_attention" else "mamba" for kind in self.layer_types]
 
     @property
     def layers_num_experts(self) -> list[int]:
-        """Number of experts of each layer; 1 is a dense MLP."""
+        """Number of experts of each layer; 1 is a dense MLP. Raises `ValueError` where `layer_types` are of another number."""
+        self.validate_layer_type()
         return [
             self.num_experts if i % self.expert_layer_period == self.expert_layer_offset else 1
             for i in range(self.num_hidden_layers)
@@ -175,17 +210,26 @@ class LongLLaVATextConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed `num_experts` ({self.num_experts})."
             )
 
+    def validate_layer_type(self):
+        """Part of the validation too: one of [`LAYER_TYPES`] for each layer."""
+        super().validate_layer_type()
+        if unknown := sorted(set(self.layer_types or ()) - set(LAYER_TYPES)):
+            raise ValueError(
+                f"Each of `layer_types` must be one of {list(LAYER_TYPES)}, but {unknown} are among them."
+            )
+
 
 @strict
 class LongLLaVAConfig(PreTrainedConfig):
     r"""
-    Configuration of LongLLaVA: a vision tower, a pooling, a projector and any decoder.
+    Configuration of LongLLaVA: a vision tower, a pooling, a projector and a decoder.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             The tower's; defaults to CLIP ViT-L/14 at 336 pixels.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The decoder's, of any model type Transformers knows; defaults to [`LongLLaVATextConfig`].
+            The decoder's, of one of the model types in `SUPPORTED_DECODERS`, without sliding windows; defaults to
+            [`LongLLaVATextConfig`].
         image_token_id (`int`, defaults to 516):
             The id that stands for one image token. 516 is the first reserved piece of Jamba's vocabulary, so that
             pretrained embeddings need no resizing; an id outside the vocabulary works too, as it is never embedded.
@@ -211,6 +255,9 @@ class LongLLaVAConfig(PreTrainedConfig):
             are no faster.
         vision_tower (`str`, *optional*):
             Folder or Hub id the tower's weights come from where a checkpoint has none of its own.
+
+    Raises:
+        ValueError: for a decoder that is not supported.
     """
 
     model_type = "longllava"
@@ -249,6 +296,7 @@ class LongLLaVAConfig(PreTrainedConfig):
                 self.text_config = AutoConfig.for_model(**text_config)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
+        self.validate_decoder()  # here too, as what the validation after this raises is no `ValueError`
         super().__post_init__(**kwargs)
 
     @property
@@ -269,11 +317,33 @@ class LongLLaVAConfig(PreTrainedConfig):
         if self.vision_batch_size < 1:
             raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
 
+    def validate_decoder(self):
+        """Part of the validation too: a decoder that is tested, every attention layer of which sees all tokens."""
+        decoder = self.text_config
+        name = f"The decoder's model type `{decoder.model_type}`"
+        if decoder.model_type not in SUPPORTED_DECODERS:
+            raise ValueError(f"{name} is not supported: it must be one of {list(SUPPORTED_DECODERS)}.")
+        # Qwen2 and Qwen3 have a window only with `use_sliding_window`.
+        switch, window = getattr(decoder, "use_sliding_window", None), getattr(decoder, "sliding_window", None)
+        if switch or window is not None:
+            found, wanted = ("use_sliding_window=True", "False") if switch else (f"sliding_window={window}", "None")
+            raise ValueError(
+                f"{name} is supported without sliding-window attention, but `text_config` has `{found}`: set"
+                f" `{found.split('=')[0]}={wanted}`."
+            )
+        if unknown := sorted(set(getattr(decoder, "layer_types", None) or ()) - set(LAYER_TYPES)):
+            raise ValueError(
+                f"{name} is supported with the `layer_types` {list(LAYER_TYPES)}, but {unknown} are among those of"
+                " `text_config`: set `layer_types` to these."
+            )
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As [`~PreTrainedConfig.from_dict`]; a published flat configuration (`model_type: llava_jamba`) is translated."""
+        # Only where the tower is looked for: what is read from a folder does not depend on the folder's name.
+        folder = kwargs.pop("name_or_path", None)
         if config_dict.get("model_type") == LlavaJambaConfig.model_type:
-            folder = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or config_dict.get("name_or_path")
+            folder = folder or config_dict.get("_name_or_path") or config_dict.get("name_or_path")
             config_dict = published_to_native(config_dict, folder=folder)
         return super(LongLLaVAConfig, LongLLaVAConfig).from_dict(config_dict, **kwargs)
 
@@ -394,7 +464,8 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
         vision_tower (`str`): what to write as `mm_vision_tower`.
 
     Raises:
-        ValueError: where the decoder is not LongLLaVA's own, which that layout cannot say.
+        ValueError: where the decoder is not LongLLaVA's own, or its layer types are not periodic, which that layout
+            cannot say.
     """
     if not isinstance(config.text_config, LongLLaVATextConfig):
         raise ValueError(
@@ -406,6 +477,11 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
             'The published layout always pools before the projector, but this model has `pooling_order="after_projector"`.'
         )
     flat = config.text_config.to_dict()
+    if "layer_types" in flat:
+        raise ValueError(
+            "The published layout has `attn_layer_period` and `attn_layer_offset`, but this model has other"
+            f" `layer_types`: {flat['layer_types']}."
+        )
     for key in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         flat.pop(key, None)
     flat.update(
@@ -430,4 +506,4 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
     return flat
 
 
-__all__ = ["LongLLaVAConfig", "LongLLaVATextConfig"]
+__all__ = ["LAYER_TYPES", "SUPPORTED_DECODERS", "LongLLaVAConfig", "LongLLaVATextConfig"]

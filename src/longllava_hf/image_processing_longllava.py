@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.utils import get_session
 from PIL import ExifTags, Image, ImageOps
-from transformers.image_processing_utils import BatchFeature, select_best_resolution
-from transformers.image_utils import ChannelDimension, SizeDict
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import LlavaImageProcessorPil
+from transformers.image_processing_utils import BatchFeature, get_size_dict, select_best_resolution
+from transformers.image_utils import ChannelDimension, SizeDict, validate_preprocess_arguments
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
@@ -437,35 +438,28 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     def __init__(self, **kwargs: Unpack[LongLLaVAImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    def fetch_images(self, images):
-        """Pictures are decoded where they are resized, in threads; this leaves them as they are."""
-        return images
-
-    def process_image(self, image: Any, name: str | None = None, **kwargs) -> np.ndarray:
-        """One picture as an array `(3, height, width)`; see [`load_picture`] for what it may be and what it raises."""
-        picture = load_picture(image, name)
-        if isinstance(picture, np.ndarray) and picture.ndim == 2:
+    def _to_array(self, picture: Image.Image | np.ndarray, name: str, settings: dict) -> np.ndarray:
+        """What [`load_picture`] gives as an array `(channels, height, width)`, its values between 0 and 255."""
+        if isinstance(picture, Image.Image):
+            return np.asarray(picture).transpose(2, 0, 1)
+        if picture.ndim == 2:
             picture = picture[None]
-        if isinstance(picture, np.ndarray):
-            data_format = kwargs.get("input_data_format")
-            channels_last = data_format == ChannelDimension.LAST or (
-                data_format is None and picture.shape[-1] in (1, 3, 4)
-            )
-            picture = np.moveaxis(picture, -1, 0) if channels_last else picture
-            if picture.shape[0] not in (1, 3, 4):
-                raise ValueError(
-                    f"{name or 'The picture'} must have 1, 3 or 4 channels, but its shape is {picture.shape}."
-                )
-            if picture.shape[0] != 3 and kwargs.get("do_convert_rgb"):
-                picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
-            if picture.dtype == bool:
-                picture = picture.astype(np.uint8) * 255
-            elif picture.dtype == np.uint16:
-                picture = (picture // 257).astype(np.uint8)
-            elif np.issubdtype(picture.dtype, np.floating) and kwargs.get("do_rescale") and picture.max() <= 1:
-                picture = picture * 255  # given between 0 and 1
-            return np.ascontiguousarray(picture)
-        return super().process_image(picture, **kwargs)
+        data_format = settings["input_data_format"]
+        channels_last = data_format == ChannelDimension.LAST or (
+            data_format is None and picture.shape[-1] in (1, 3, 4)
+        )
+        picture = np.moveaxis(picture, -1, 0) if channels_last else picture
+        if picture.shape[0] not in (1, 3, 4):
+            raise ValueError(f"{name} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
+        if picture.shape[0] != 3 and settings["do_convert_rgb"]:
+            picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
+        if picture.dtype == bool:
+            picture = picture.astype(np.uint8) * 255
+        elif picture.dtype == np.uint16:
+            picture = (picture // 257).astype(np.uint8)
+        elif np.issubdtype(picture.dtype, np.floating) and settings["do_rescale"] and picture.max() <= 1:
+            picture = picture * 255  # given between 0 and 1
+        return np.ascontiguousarray(picture)
 
     def best_grid(self, height: int, width: int, tile: int, pinpoints: list | None = None) -> tuple[int, int]:
         """Rows and columns of `tile`-sized sub-images that lose the least of a picture and waste the least of a grid."""
@@ -507,16 +501,19 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             canvas = picture
         return np.asarray(canvas.resize((side, side), resample)).transpose(2, 0, 1)
 
+    def _resize_to_tile(self, image: np.ndarray, settings: dict) -> np.ndarray:
+        """An array padded to a square, if wanted, and resized."""
+        if settings["do_pad"]:
+            background: Any = tuple(int(x * 255) for x in settings["image_mean"] or (0,))
+            image = self.pad_to_square(image, background)
+        return self.resize(image, settings["size"], resample=settings["resample"]) if settings["do_resize"] else image
+
     def _tiles(
         self, source: Any, name: str, whole_only: bool, settings: dict
     ) -> tuple[list[np.ndarray], tuple[int, int]]:
         """A picture, then its sub-images, as the tower takes them; and the sub-images' rows and columns."""
-        settings = dict(settings)
-        patch_strategy, pinpoints = settings.pop("patch_strategy"), settings.pop("image_grid_pinpoints")
-        to_array = {option: settings.pop(option) for option in ("input_data_format", "do_convert_rgb")}
         size, resample, mean = settings["size"], settings["resample"], settings["image_mean"]
         picture = load_picture(source, name)
-        tiles, grid = [], (0, 0)
         if (
             isinstance(picture, Image.Image)
             and settings["do_pad"]
@@ -526,26 +523,49 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             and isinstance(resample, int)
             and mean is not None
         ):
-            settings["do_pad"] = settings["do_resize"] = False  # sub-images have their size already
             tiles = [self._fit_square(picture, size.shortest_edge, resample, tuple(int(x * 255) for x in mean))]
-        wants_grid = patch_strategy == "best_fit" and not whole_only
-        if wants_grid or not tiles:
-            image: Any = self.process_image(picture, name, do_rescale=settings["do_rescale"], **to_array)
-            tiles = tiles or [image]
-        if wants_grid:
-            side = settings["crop_size"].height
-            grid = self.best_grid(image.shape[1], image.shape[2], side, pinpoints)
+        else:
+            tiles = [self._resize_to_tile(self._to_array(picture, name, settings), settings)]
+        grid = (0, 0)
+        if settings["patch_strategy"] == "best_fit" and not whole_only:
+            image, side = self._to_array(picture, name, settings), settings["crop_size"].height
+            grid = self.best_grid(image.shape[1], image.shape[2], side, settings["image_grid_pinpoints"])
             tiles += self._sub_images(image, grid, side, resample)
-        return self._preprocess(tiles, return_tensors=None, **settings)["pixel_values"], grid
+        if settings["do_center_crop"]:
+            tiles = [self.center_crop(tile, settings["crop_size"]) for tile in tiles]
+        if settings["do_rescale"]:
+            tiles = [self.rescale(tile, settings["rescale_factor"]) for tile in tiles]
+        if settings["do_normalize"]:
+            tiles = [self.normalize(tile, mean, settings["image_std"]) for tile in tiles]
+        return tiles, grid
 
-    def _preprocess_image_like_inputs(
-        self, images, *args, lazy: bool | None = None, image_seq_length=None, return_tensors=None, **settings
-    ) -> BatchFeature:
-        settings["pad_size"] = None
-        if settings.get("do_pad") and settings.get("image_mean") is not None:
+    def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of one call: those given, the rest from this processor. Raises where they make no sense."""
+        validate_typed_dict(self.valid_kwargs, given)  # type: ignore[type-var]
+        settings: dict[str, Any] = {
+            name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__
+        }
+        for name, to_square in (("size", settings["default_to_square"]), ("crop_size", True)):
+            if settings[name] is not None:
+                sizes = get_size_dict(settings[name], default_to_square=to_square, param_name=name)
+                settings[name] = SizeDict(**sizes)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_center_crop")
+        names += ("crop_size", "do_resize", "size", "resample")
+        validate_preprocess_arguments(**{name: settings[name] for name in names})
+        if settings["do_pad"] and settings["image_mean"] is not None:
             settings["do_convert_rgb"] = True  # the background has three channels
-        for option in ("patch_strategy", "image_grid_pinpoints", "input_data_format", "do_convert_rgb"):
-            settings.setdefault(option, None)
+        return settings
+
+    def preprocess(self, images, **kwargs: Unpack[LongLLaVAImageProcessorKwargs]) -> BatchFeature:
+        """
+        Pictures to tensors; see the class for what goes in and comes out.
+
+        Raises:
+            ValueError: for a picture that is broken, empty or too large, for none at all, and for settings that make no
+                sense together.
+        """
+        settings = self._settings(dict(kwargs))
+        return_tensors = settings["return_tensors"]
         items = list(_flatten(images))
         if not items:
             raise ValueError("At least one image must be given, but there are 0.")
@@ -555,7 +575,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
 
         data: dict[str, Any]
         crop_size, has_grids = settings["crop_size"], settings["patch_strategy"] == "best_fit"
-        if lazy:
+        if settings["lazy"]:
             if not settings["do_center_crop"]:
                 raise ValueError("`lazy=True` needs `do_center_crop=True`: sizes must be known before pictures are.")
             grids = []

@@ -186,8 +186,10 @@ class MemoryPlanner:
         if not isinstance(text, LongLLaVATextConfig):
             return self.config
         kinds = list(zip(text.layer_types, text.layers_num_experts))
+        layers = max(kinds.index(kind) for kind in set(kinds)) + 1
         config = copy.deepcopy(self.config)
-        config.text_config.num_hidden_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
+        config.text_config.num_hidden_layers = layers
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
         return config
 
     def tokens(self, images: int) -> int:

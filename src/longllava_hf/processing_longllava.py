@@ -7,6 +7,7 @@ The token protocol (arXiv 2409.02889, section 3.2) and the chat template.
 | picture         | `<img>`, image tokens, `</img>`                                                             |
 | high resolution | the same for the whole picture, a line break, and for the sub-images, a line for each row   |
 | video           | `<vid>`, its frames as pictures joined by `<t>`, `</vid>`                                   |
+| system message  | its text, a blank line, and the first user message's content                                |
 """
 
 import copy
@@ -19,26 +20,49 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
 
+from .compat_longllava import merge_processor_kwargs
 from .configuration_longllava import locate_vision_tower
-from .image_processing_longllava import Frames, LongLLaVAImageProcessor, VideoFile
+from .image_processing_longllava import (
+    Frames,
+    LongLLaVAImageProcessor,
+    LongLLaVAImageProcessorKwargs,
+    VideoFile,
+)
 
 
 logger = logging.get_logger(__name__)
 
-ROLES = ("user", "assistant")
+ROLES = ("system", "user", "assistant")
+
+DEFAULT_NUM_FRAMES = 128
+
+# What `from_pretrained` takes for the processor itself, and for where files are looked for.
+_OWN_KWARGS = ("image_processor", "tokenizer", "chat_template", "num_frames", "return_unused_kwargs")
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 # The piece of Jamba's vocabulary that becomes the image token: reserved, and so never met in training.
 _RESERVED_PIECE = "<|reserved_0|>"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
+{%- if message['role'] == 'system' -%}
+{%- if not loop.first or loop.last or loop.nextitem['role'] != 'user' -%}
+{{- raise_exception("A message of the role 'system' must be the first one, and a 'user' must follow it.") -}}
+{%- elif message['content'] is not string and message['content'] | rejectattr('type', 'eq', 'text') | list -%}
+{{- raise_exception("A message of the role 'system' can only have text.") -}}
+{%- endif -%}
+{%- elif message['role'] == 'user' -%}
 {{- bos_token + '<|User|>\\n' -}}
+{%- if not loop.first and loop.previtem['role'] == 'system' -%}
+{%- set system = loop.previtem['content'] -%}
+{%- set system = system if system is string else system | map(attribute='text') | join -%}
+{{- system + '\\n\\n' if system -}}
+{%- endif -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -66,7 +90,7 @@ CHAT_TEMPLATE = """\
 {{- eos_token if loop.last else '\\n' -}}
 {%- endgeneration -%}
 {%- else -%}
-{{- raise_exception("Unknown role '" + message['role'] + "': LongLLaVA's chats have the roles 'user' and 'assistant'.") -}}
+{{- raise_exception("Unknown role '" + message['role'] + "': LongLLaVA's chats have the roles 'system', 'user' and 'assistant'.") -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- bos_token + '<|Assistant|>\\n' -}}{%- endif -%}
@@ -109,88 +133,113 @@ class LongLLaVAProcessor(ProcessorMixin):
         image_processor ([`LongLLaVAImageProcessor`]): for pictures and frames.
         tokenizer ([`PreTrainedTokenizerFast`]): gets the token `<image>` if it has none.
         chat_template (`str`, *optional*): a Jinja template; LongLLaVA's own by default.
+        num_frames (`int`, defaults to 128): frames that a video file is sampled by, unless a call says otherwise.
 
     `processor(images=None, text=None, videos=None, ...)`: in `text`, each `<image>` and `<video>` stands for the next
     picture or video. A video is a path, URL, bytes, a list of frames, or an array `(frames, height, width, 3)`; a file
-    is sampled by `num_frames` (default 128, uniformly) or `fps`. `pixel_values` holds all pictures and frames of the
-    batch, in reading order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
+    is sampled by `num_frames` (uniformly) or `fps`. `pixel_values` holds all pictures and frames of the batch, in reading
+    order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
+
+    `processor.apply_chat_template(...)` takes the roles `system`, `user` and `assistant`. A system message is the first one
+    and has text alone; the text, a blank line, and then the content of the user's message that follows it are read as
+    one message of the user.
     """
 
     image_token = "<image>"
     video_token = "<video>"
-    videos_kwargs = {"num_frames": 128}
     # The image processor has made tensors of it, or something that is none yet.
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames: int = DEFAULT_NUM_FRAMES):
         tokenizer = add_image_token(tokenizer, self.image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.num_frames = num_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        tokenizer_kwargs = {"subfolder": "", **kwargs}
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **tokenizer_kwargs)
-        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
-        image_processor = cls._load_image_processor(pretrained_model_name_or_path, processor_dict or {}, hub_kwargs)
-        return [image_processor, tokenizer]
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~ProcessorMixin.from_pretrained`]; reads published folders too. Settings of the image processor
+        (`do_normalize=False`, `patch_strategy="best_fit"`, ...) win over the stored ones.
+        """
+        settings = {name: kwargs.pop(name) for name in LongLLaVAImageProcessorKwargs.__annotations__ if name in kwargs}
+        own = {name: kwargs.pop(name) for name in _OWN_KWARGS if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
+        stored = cls._stored_settings(pretrained_model_name_or_path, processor_dict, hub_kwargs)
+        components = [
+            LongLLaVAImageProcessor.from_dict({**stored, **settings}),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+        return cls.from_args_and_dict(components, processor_dict, **own)
 
     @staticmethod
-    def _load_image_processor(folder, processor_dict: dict, hub_kwargs: dict) -> LongLLaVAImageProcessor:
-        """From its own settings; a published folder has none, or CLIP's, and the configuration tells the rest."""
+    def _stored_settings(folder, processor_dict: dict, hub_kwargs: dict) -> dict[str, Any]:
+        """The image processor's own; a published folder has none, or CLIP's, and the configuration tells the rest."""
         settings = processor_dict.get("image_processor")
         if settings is None:
-            file = cached_file(folder, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+            where = {name: value for name, value in hub_kwargs.items() if name not in ("force_download", "subfolder")}
+            name = os.path.join(hub_kwargs.get("subfolder", ""), IMAGE_PROCESSOR_NAME)
+            has_settings = has_file(folder, name, **where)
             settings = (
-                None if file is None else LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0]
+                LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0] if has_settings else {}
             )
-        if settings is None or "image_seq_length" not in settings:
-            config = AutoConfig.from_pretrained(folder, **hub_kwargs)
-            side = config.vision_config.image_size
-            settings = {
-                "size": {"shortest_edge": side},
-                "crop_size": {"height": side, "width": side},
-                **_tower_settings(locate_vision_tower(config.vision_tower, folder)),
-                **(settings or {}),
-                "patch_strategy": config.patch_strategy,
-                "image_grid_pinpoints": config.image_grid_pinpoints,
-                "image_seq_length": config.image_seq_length,
-            }
-        return LongLLaVAImageProcessor.from_dict(settings)
+        if "image_seq_length" in settings:
+            return settings
+        config = AutoConfig.from_pretrained(folder, **hub_kwargs)
+        side = config.vision_config.image_size
+        return {
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            **_tower_settings(locate_vision_tower(config.vision_tower, folder)),
+            **settings,
+            "patch_strategy": config.patch_strategy,
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+            "image_seq_length": config.image_seq_length,
+        }
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-        if not kwargs.get("return_offsets_mapping") or kwargs.get("return_text_replacement_offsets"):
-            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        # Offsets are into the text as it was given. Releases that do not ask for the replacements (before 5.2x) take
-        # them for that when they mark what the assistant said.
-        kwargs["return_text_replacement_offsets"] = True
-        inputs = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        replacements = inputs.pop("text_replacement_offsets")
-        if len(replacements):
-            offsets = [_before_replacement(*row) for row in zip(inputs["offset_mapping"], replacements)]
-            as_tensor = isinstance(inputs["offset_mapping"], torch.Tensor)
-            inputs["offset_mapping"] = torch.tensor(offsets) if as_tensor else offsets
-        return inputs
+    def __call__(
+        self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[ProcessingKwargs]
+    ) -> BatchFeature:
+        """
+        As [`~ProcessorMixin.__call__`]. A video's frames are pictures to the model, so pictures and videos go through the
+        image processor together, in reading order.
 
-    # The steps of `ProcessorMixin.__call__`. A video's frames are pictures to the model, so pictures and videos go
-    # through the image processor together, in reading order.
-
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Put pictures and videos in the order of their placeholders. Raises `ValueError` where the counts differ."""
+        Raises:
+            ValueError: where nothing is given, where placeholders and pictures or videos differ in number, and where
+                truncation would cut into the tokens of a picture.
+        """
         if audio is not None:
             raise ValueError("LongLLaVA has no audio input, but `audio` was given.")
+        items, prompts = self._in_reading_order(images, text, videos, dict(kwargs))
+        if prompts is None and not items:
+            raise ValueError(f"You need to provide at least one input to call {type(self).__name__}.")
+        settings = merge_processor_kwargs(self, dict(kwargs))
+        image_inputs = self.image_processor(items, **settings["images_kwargs"]) if items else {}
+        text_inputs: dict[str, Any] = {}
+        if prompts is not None:
+            per_tile = settings["images_kwargs"].get("image_seq_length") or self.image_processor.image_seq_length
+            replacements = self._replacements(items, image_inputs.get("image_grids"), per_tile)
+            prompts, spans = self.get_text_with_replacements(prompts, *replacements)
+            text_inputs = self._tokenize(prompts, spans, settings)
+        data = {**text_inputs, **image_inputs}
+        data = {name: value for name, value in data.items() if name not in self.unused_input_names}
+        return_tensors = settings["text_kwargs"].get("return_tensors")
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _in_reading_order(self, images, text, videos, kwargs: dict) -> tuple[list, list[str] | None]:
+        """Pictures and videos in the order of their placeholders. Raises `ValueError` where the counts differ."""
         if isinstance(text, str):
             text = [text]
         elif text is not None:
             text = list(text)
             if not all(isinstance(sample, str) for sample in text):
                 raise ValueError("`text` must be a string or a list of strings.")
-        pictures = [] if images is None else _flatten_pictures(images)
+        pictures = _flatten_pictures(images)
         self._check_rows(images, text)
         films = [] if videos is None else [self._sampled(video, kwargs) for video in _flatten_videos(videos)]
         if text is None:
-            return (pictures + films) or None, None, None, None
+            return pictures + films, None
 
         for kind, token, given in (("image", self.image_token, pictures), ("video", self.video_token, films)):
             counts = [sample.count(token) for sample in text]
@@ -202,8 +251,7 @@ class LongLLaVAProcessor(ProcessorMixin):
                 )
         queues = {self.image_token: iter(pictures), self.video_token: iter(films)}
         placeholder = re.compile("|".join(map(re.escape, queues)))
-        ordered = [next(queues[token]) for sample in text for token in placeholder.findall(sample)]
-        return ordered or None, text, None, None
+        return [next(queues[token]) for sample in text for token in placeholder.findall(sample)], text
 
     def _check_rows(self, images, text) -> None:
         """Pictures that come in one list for each prompt are those of that prompt."""
@@ -226,7 +274,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         if explicit.get("do_sample_frames") is False:
             num_frames = fps = None
         elif num_frames is None and fps is None and not isinstance(video, (Frames, np.ndarray, torch.Tensor)):
-            num_frames = self.videos_kwargs["num_frames"]
+            num_frames = self.num_frames
         if isinstance(video, VideoFile):
             return video
         if isinstance(video, (str, os.PathLike, bytes, bytearray)):
@@ -244,34 +292,45 @@ class LongLLaVAProcessor(ProcessorMixin):
             frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))
         return frames
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """That there is anything at all; `prepare_inputs_layout` has checked the rest."""
-        if images is None and text is None:
-            raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
-
-    def _process_images(self, images, **kwargs):
-        image_inputs = self.image_processor(images, **kwargs)
-        tokens = f"<img>{self.image_token * (kwargs.get('image_seq_length') or self.image_processor.image_seq_length)}</img>"
-        grids = iter(image_inputs.get("image_grids", np.zeros((len(image_inputs["pixel_values"]), 2), int)).tolist())
-        of_grid: dict[tuple[int, ...], _Replacement] = {}
-        replacements = []
-        for item in images:
+    def _replacements(self, items: list, grids: np.ndarray | None, per_tile: int) -> tuple[list[str], list[str]]:
+        """The texts that pictures, and those that videos become; `grids` are those of all pictures and frames."""
+        tokens = f"<img>{self.image_token * per_tile}</img>"
+        images, videos, position = [], [], 0
+        for item in items:
             if isinstance(item, (VideoFile, Frames)):
-                for _ in item.indices if isinstance(item, VideoFile) else item:
-                    next(grids)
-                replacements.append(_Replacement("video", f"<vid>{'<t>'.join([tokens] * len(item))}</vid>"))
+                videos.append(f"<vid>{'<t>'.join([tokens] * len(item))}</vid>")
+                position += len(item)
             else:
-                grid = rows, columns = tuple(next(grids))
-                if grid not in of_grid:  # most pictures have the same, however long
-                    of_grid[grid] = _Replacement("image", "\n".join([tokens, *[tokens * columns] * rows]))
-                replacements.append(of_grid[grid])
-        return image_inputs, replacements
+                rows, columns = (0, 0) if grids is None else grids[position].tolist()
+                images.append("\n".join([tokens, *[tokens * columns] * rows]))
+                position += 1
+        return images, videos
 
-    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), audio_replacements=()):
-        kinds: dict[str, list[str]] = {"image": [], "video": []}
-        for replacement in images_replacements:
-            kinds[replacement.kind].append(str(replacement))
-        return super().get_text_with_replacements(text, kinds["image"], kinds["video"])
+    def _tokenize(self, prompts: list[str], spans: list, settings: dict) -> dict[str, Any]:
+        """Token ids of the expanded prompts; `spans` says what was expanded."""
+        text_kwargs = settings["text_kwargs"]
+        returns = {
+            name: text_kwargs.pop(name, settings.get(name))
+            for name in ("return_text_replacement_offsets", "return_mm_token_type_ids")
+        }
+        inputs = dict(self.tokenizer(prompts, **text_kwargs))
+        rows = [row if isinstance(row, list) else row.tolist() for row in inputs["input_ids"]]
+        found = [row.count(self.image_token_id) for row in rows]
+        wanted = [prompt.count(self.image_token) for prompt in prompts]
+        if found != wanted:
+            raise ValueError(
+                f"The prompts have {wanted} tokens of pictures, and {found} of them are left in `input_ids`: truncation"
+                " must not cut into a picture. Give a larger `max_length`, or do not truncate."
+            )
+        if returns["return_text_replacement_offsets"]:
+            inputs["text_replacement_offsets"] = spans
+        elif "offset_mapping" in inputs and spans:
+            # Into the text as it was given: releases that do not ask for the replacements (before 5.2x) take them for
+            # that when they mark what the assistant said.
+            inputs["offset_mapping"] = [_before_replacement(*row) for row in zip(inputs["offset_mapping"], spans)]
+        if returns["return_mm_token_type_ids"]:
+            inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
+        return inputs
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -309,17 +368,19 @@ class LongLLaVAProcessor(ProcessorMixin):
             data["num_video_tokens"] = [n * per_tile for n in video_frames]
         return MultiModalData(**data)
 
-    # Transformers and vLLM call it by this name.
+    # What the host and vLLM call on every processor.
     _get_num_multimodal_tokens = get_num_multimodal_tokens
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """
         As [`~ProcessorMixin.apply_chat_template`]. Messages have the roles `user` and `assistant`; their content is a
-        string or a list of blocks of type `text`, `image` and `video`, in any order and number.
+        string or a list of blocks of type `text`, `image` and `video`, in any order and number. The first message may
+        have the role `system` and only text: the text and a blank line come before the content of the user's message
+        that follows it.
 
         Raises:
-            ValueError: for an empty conversation, an unknown role or block, and for `<image>` or `<video>` written in
-                a text, which would be taken for a picture.
+            ValueError: for an empty conversation, an unknown role or block, a `system` message elsewhere, and for
+                `<image>` or `<video>` written in a text, which would be taken for a picture.
         """
         return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
 
@@ -336,6 +397,13 @@ class LongLLaVAProcessor(ProcessorMixin):
             role = message.get("role")
             if role not in ROLES:
                 raise ValueError(f"{name} has the role {role!r}, but it must be one of {list(ROLES)}.")
+            if role == "system":
+                following = conversation[index + 1].get("role") if index + 1 < len(conversation) else None
+                if index != 0 or following != "user":
+                    raise ValueError(
+                        f"{name} has the role 'system': it must be the first message, and the next one must have the role"
+                        f" 'user', but {following!r} is next."
+                    )
             content = message.get("content")
             if isinstance(content, str):
                 self._check_text(content, name)
@@ -358,7 +426,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             self._check_text(block["text"], name)
         elif kind not in ("image", "video"):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")
-        elif role == "assistant":
+        elif role != "user":
             raise ValueError(f"{name} has type `{kind}`, but only the user can show something.")
         if kind == "video":
             # A list in one block is one video, its frames given as pictures of any kind.
@@ -401,17 +469,6 @@ def _before_replacement(offsets, replacements: list[dict]) -> list[tuple[int, in
         return position - shift
 
     return [(original(int(start), False), original(int(end), True)) for start, end in offsets]
-
-
-class _Replacement(str):
-    """The text that a placeholder becomes, and whose placeholder it is."""
-
-    kind: str
-
-    def __new__(cls, kind: str, text: str):
-        replacement = super().__new__(cls, text)
-        replacement.kind = kind
-        return replacement
 
 
 def _is_array(item: Any, ndim: int) -> bool:
