@@ -17,7 +17,7 @@ from report import RESULTS, draw, machine, peak_of, print_table, run_apart, time
 from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
 from longllava_hf import LongLLaVACache, LongLLaVAForCausalLM
-from longllava_hf.modeling_longllava import default_chunk_size
+from longllava_hf.generation_longllava import default_chunk_size
 
 
 PEER = "Transformers' Jamba"

@@ -47,7 +47,6 @@ INTERNAL = {
     "capture_outputs",
     "collected_tensors",
     "get_module_from_name",
-    "get_text_with_replacements",
     "materialize_tensors",
     "merge_with_config_defaults",
     "prepare_inputs_layout",
