@@ -156,7 +156,7 @@ def test_nothing_of_ours_is_deprecated(small_model, tiny_processor, caplog):
         small_model(IDS, labels=IDS, output_hidden_states=True).loss.backward()
         messages = [{"role": "user", "content": "Hello"}]
         tiny_processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    deprecations = [r.getMessage() for r in caplog.records if "deprecat" in r.getMessage()]
+    deprecations = [r.getMessage() for r in caplog.records if "deprecated" in r.getMessage()]
     assert not deprecations
 
 
