@@ -161,8 +161,8 @@ def new_cache(model, kind: str):
     text_config = model.config.get_text_config()
     if kind == "offloaded" and not all(DynamicCache(config=text_config).is_linear):
         return DynamicCache(config=text_config, offloading=True)
-    if kind == "dynamic":
-        return DynamicCache(config=text_config)
+    if kind == "dynamic" and not all(DynamicCache(config=text_config).is_linear):
+        return DynamicCache(config=text_config)  # without attention layers, older releases ask it for a length in vain
     if kind == "static" and any(t == "full_attention" for t in getattr(text_config, "layer_types", None) or [None]):
         return StaticCache(config=text_config, max_cache_len=400)
     return None
