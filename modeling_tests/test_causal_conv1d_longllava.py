@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longllava_hf import LongLLaVAForCausalLM, causal_conv1d_longllava
-from longllava_hf.causal_conv1d_longllava import causal_conv1d, causal_conv1d_reference
+from longllava_hf.causal_conv1d_longllava import causal_conv1d
 
 from .conftest import small_config
 from .test_selective_scan_longllava import make_boundaries
@@ -17,6 +17,24 @@ from .test_selective_scan_longllava import make_boundaries
 def make_conv(channels=6, bias=True):
     torch.manual_seed(0)
     return torch.nn.Conv1d(channels, channels, kernel_size=4, groups=channels, bias=bias)
+
+
+def causal_conv1d_reference(x, conv1d, initial_state=None, seq_idx=None):
+    """Token by token and tap by tap."""
+    length, width = x.shape[-1], conv1d.kernel_size[0]
+    past = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
+    inputs = torch.cat([past, x], dim=-1)
+    outputs = []
+    for t in range(length):
+        y = torch.zeros_like(x[..., 0])
+        for back in range(width):
+            tap = inputs[..., width + t - back] * conv1d.weight[:, 0, -1 - back]
+            if seq_idx is not None:
+                same = seq_idx[:, max(t - back, 0)] == seq_idx[:, t]
+                tap = torch.where(same[:, None], tap, 0)
+            y = y + tap
+        outputs.append(y if conv1d.bias is None else y + conv1d.bias)
+    return torch.stack(outputs, dim=-1)
 
 
 def test_a_past_of_another_shape_is_refused():

@@ -20,10 +20,8 @@ from longllava_hf.experts_longllava import (
 )
 from longllava_hf.grouped_linear_longllava import (
     grouped_linear,
-    grouped_linear_reference,
     grouped_linear_triton,
     quantize_rows,
-    routed_mlp_reference,
     routed_mlp_triton,
     scaled_linear,
 )
@@ -58,6 +56,13 @@ def matrices(dtype, is_int8: bool, rows: int = 72, columns: int = 40, seed: int 
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(GROUPS, rows, columns, generator=generator) / columns**0.5).to(DEVICE, dtype)
     return quantize_rows(weight) if is_int8 else (weight, None)
+
+
+def grouped_linear_reference(x, weight, offsets, scale=None):
+    """Each row with its group's matrix, all of them written out."""
+    weight = weight.to(x.dtype) if scale is None else weight.to(x.dtype) * scale.to(x.dtype)[..., None]
+    group_of_row = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
+    return torch.einsum("rk,rnk->rn", x, weight[group_of_row])
 
 
 @pytest.mark.parametrize("kernel", [grouped_linear_triton, grouped_linear])
@@ -106,8 +111,10 @@ def test_routed_mlp(is_int8, tokens, top_k, dtype):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 40, generator=generator).to(DEVICE, dtype)
     weights, index = torch.randn(tokens, GROUPS, generator=generator).to(DEVICE).softmax(-1).topk(top_k)
-    exact = [gate_up, down] if is_int8 else [gate_up.double(), down.double()]
-    expected = routed_mlp_reference(x.double(), index, weights.double(), *exact, gate_up_scale, down_scale)
+    exact = [ExpertWeights(gate_up, gate_up_scale), ExpertWeights(down, down_scale)]
+    if not is_int8:
+        exact = [ExpertWeights(part.weight.double()) for part in exact]
+    expected = experts_reference(x.double(), index, weights.double(), *exact, F.silu)
     actual = routed_mlp_triton(x, index, weights.to(dtype), gate_up, down, gate_up_scale, down_scale)
     assert actual.dtype == dtype
     assert relative(actual, expected) < 2 * TOLERANCE[dtype]  # what is between the two products is rounded as well

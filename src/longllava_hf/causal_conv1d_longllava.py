@@ -23,29 +23,6 @@ def sequence_starts(seq_idx: torch.Tensor) -> torch.Tensor:
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
 
 
-def causal_conv1d_reference(
-    x: torch.Tensor,
-    conv1d: torch.nn.Conv1d,
-    initial_state: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Token by token and tap by tap. Same arguments and result as [`causal_conv1d`]."""
-    length, width = x.shape[-1], conv1d.kernel_size[0]
-    past = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
-    inputs = torch.cat([past, x], dim=-1)
-    outputs = []
-    for t in range(length):
-        y = torch.zeros_like(x[..., 0])
-        for back in range(width):
-            tap = inputs[..., width + t - back] * conv1d.weight[:, 0, -1 - back]
-            if seq_idx is not None:
-                same = seq_idx[:, max(t - back, 0)] == seq_idx[:, t]
-                tap = torch.where(same[:, None], tap, 0)
-            y = y + tap
-        outputs.append(y if conv1d.bias is None else y + conv1d.bias)
-    return torch.stack(outputs, dim=-1)
-
-
 def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: bool) -> bool:
     # A module that an adapter or a quantiser put in its place has to be called.
     return (
@@ -123,4 +100,4 @@ def causal_conv1d(
     return conv1d(apart.scatter(2, positions, x)).gather(2, positions - (width - 1))
 
 
-__all__ = ["causal_conv1d", "causal_conv1d_reference", "is_installed", "sequence_starts"]
+__all__ = ["causal_conv1d", "is_installed", "sequence_starts"]

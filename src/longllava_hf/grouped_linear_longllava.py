@@ -3,11 +3,13 @@
 Linear layers of many experts at once, with weights in floating point or in int8 (ExpertsInt8, arXiv 2408.12570,
 section 4): symmetric, one scale for each row, dequantised on the way into the matrix product and never in memory.
 
-Two contracts, each with a readable reference and a Triton kernel of the same signature:
+Two contracts:
 
-- `grouped_linear`: rows sorted by group, each group with a matrix of its own. For a prompt. Differentiable.
-- `routed_mlp`: a few tokens, each through its own experts, in two launches and without the host looking at a device
-  tensor, so that a CUDA graph can capture it. For generated tokens. Not differentiable.
+- [`grouped_linear`]: rows sorted by group, each group with a matrix of its own; a loop, and a Triton kernel of the same
+  signature. For a prompt. Differentiable.
+- [`routed_mlp_triton`]: a few tokens, each through its own experts, in two launches and without the host looking at a
+  device tensor, so that a CUDA graph can capture it. For generated tokens. Not differentiable. To be read, it is
+  `experts_reference`.
 
 Symbols: R rows, G groups (experts), N output and K input features, T tokens, H hidden size, I intermediate size.
 """
@@ -97,7 +99,7 @@ def scaled_linear(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torc
     return F.linear(hidden_states, weight) if scale is None else _ScaledLinear.apply(hidden_states, weight, scale)
 
 
-def grouped_linear_reference(
+def grouped_linear(
     hidden_states: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
@@ -105,27 +107,10 @@ def grouped_linear_reference(
         hidden_states (`torch.Tensor` of shape `(R, K)`): sorted by group.
         weight (`torch.Tensor` of shape `(G, N, K)`): int8 with `scale`, else in floating point.
         offsets (`torch.Tensor` of shape `(G,)`, integers): where the rows of each group end.
-        scale (`torch.Tensor` of shape `(G, N)`, *optional*): what each row of an int8 weight is multiplied with.
+        scale (`torch.Tensor` of shape `(G, N)`, float32, *optional*): what each row of an int8 weight is multiplied with.
 
     Returns:
-        `torch.Tensor` of shape `(R, N)`.
-    """
-    outputs, start = [], 0
-    for group, end in enumerate(offsets.tolist()):
-        matrix = weight[group].to(hidden_states.dtype)
-        if scale is not None:
-            matrix = matrix * scale[group, :, None].to(hidden_states.dtype)
-        outputs.append(hidden_states[start:end] @ matrix.T)
-        start = end
-    return torch.cat(outputs)
-
-
-def grouped_linear(
-    hidden_states: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, scale: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    As [`grouped_linear_reference`], on the fastest kernel there is. Gradients for `hidden_states`, and for `weight`
-    without `scale`.
+        `torch.Tensor` of shape `(R, N)`, with gradients for `hidden_states`, and for `weight` without `scale`.
     """
     if has_triton_kernels(hidden_states):
         if hidden_states.device.type == "meta":
@@ -138,42 +123,6 @@ def grouped_linear(
             outputs.append(scaled_linear(hidden_states[start:end], weight[group], group_scale))
         start = end
     return torch.cat(outputs) if outputs else hidden_states.new_zeros(0, weight.shape[1])
-
-
-def routed_mlp_reference(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_scale: torch.Tensor | None = None,
-    down_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    The weighted sum over each token's experts of `down(silu(gate(x)) * up(x))`.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(T, H)`).
-        top_k_index, top_k_weights (`torch.Tensor` of shape `(T, top_k)`): each token's experts, and their weights.
-        gate_up (`torch.Tensor` of shape `(G, 2 * I, H)`): gate rows, then up rows; int8 with `gate_up_scale`.
-        down (`torch.Tensor` of shape `(G, H, I)`): int8 with `down_scale`.
-        gate_up_scale (`torch.Tensor` of shape `(G, 2 * I)`, *optional*).
-        down_scale (`torch.Tensor` of shape `(G, H)`, *optional*).
-
-    Returns:
-        `torch.Tensor` of shape `(T, H)`.
-    """
-
-    def matrix(weight, scale, expert):
-        weight = weight[expert].to(hidden_states.dtype)
-        return weight if scale is None else weight * scale[expert, :, None].to(hidden_states.dtype)
-
-    output = torch.zeros_like(hidden_states)
-    for token, (experts, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights)):
-        for expert, weight in zip(experts, weights):
-            gate, up = (matrix(gate_up, gate_up_scale, expert) @ hidden_states[token]).chunk(2)
-            output[token] += weight * (matrix(down, down_scale, expert) @ (F.silu(gate) * up))
-    return output
 
 
 if triton is not None:
@@ -202,27 +151,13 @@ if triton is not None:
     @triton.autotune(configs=_CONFIGS, key=["ROWS_A_GROUP", "N", "K", "SCALED"])
     @triton.jit
     def _grouped_linear_kernel(
-        x_ptr,
-        w_ptr,
-        scale_ptr,
-        offsets_ptr,
-        out_ptr,
-        rows,
-        N,
-        K,
-        stride_xm,
-        stride_wg,
-        stride_wn,
-        stride_wk,
-        stride_sg,
-        GROUPS: tl.constexpr,
+        x_ptr, w_ptr, scale_ptr, offsets_ptr, out_ptr,
+        rows, N, K, stride_xm, stride_wg, stride_wn, stride_wk, stride_sg,
+        GROUPS: tl.constexpr, IEEE: tl.constexpr,
         ROWS_A_GROUP: tl.constexpr,  # only chooses the configuration
         SCALED: tl.constexpr,  # 0: floating-point weight, 1: a scale for each n, 2: a scale for each k
-        IEEE: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
         # Blocks of rows lie within a group, so there are at most this many. Eight of them share a pass over the
         # weight, which then comes from memory once for all eight.
         blocks_m = rows // BLOCK_M + GROUPS
@@ -300,24 +235,14 @@ if triton is not None:
         scale = None if scale is None else scale.contiguous()
         with _on_device_of(x):
             _grouped_linear_kernel[grid](
-                x,
-                weight,
-                out if scale is None else scale,  # any pointer does where there is no scale
-                offsets.contiguous(),
-                out,
-                rows,
-                n,
-                k,
-                x.stride(0),
-                stride_wg,
-                stride_wn,
-                stride_wk,
-                0 if scale is None else scale.stride(0),
+                x, weight, out if scale is None else scale,  # any pointer does where there is no scale
+                offsets.contiguous(), out,
+                rows, n, k, x.stride(0), stride_wg, stride_wn, stride_wk, 0 if scale is None else scale.stride(0),
                 GROUPS=groups,
+                IEEE=x.dtype == torch.float32 or _INTERPRET,  # the interpreter multiplies the bits of bfloat16
                 ROWS_A_GROUP=min(triton.next_power_of_2(triton.cdiv(rows, groups)), 4096),
                 SCALED=0 if scale is None else 2 if transpose else 1,
-                IEEE=x.dtype == torch.float32 or _INTERPRET,  # the interpreter multiplies the bits of bfloat16
-            )
+            )  # fmt: skip
         return out
 
     class _GroupedLinearTriton(torch.autograd.Function):
@@ -342,18 +267,9 @@ if triton is not None:
 
     @triton.jit
     def _routed_gate_up_kernel(
-        x_ptr,
-        index_ptr,
-        w_ptr,
-        scale_ptr,
-        out_ptr,
-        H,
-        I,  # noqa: E741
-        TOP_K: tl.constexpr,
-        SCALED: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):
+        x_ptr, index_ptr, w_ptr, scale_ptr, out_ptr, H, I,  # noqa: E741
+        TOP_K: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
         pair = tl.program_id(0)  # a token and one of its experts
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -380,19 +296,9 @@ if triton is not None:
 
     @triton.jit
     def _routed_down_kernel(
-        x_ptr,
-        index_ptr,
-        weights_ptr,
-        w_ptr,
-        scale_ptr,
-        out_ptr,
-        H,
-        I,  # noqa: E741
-        TOP_K: tl.constexpr,
-        SCALED: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):
+        x_ptr, index_ptr, weights_ptr, w_ptr, scale_ptr, out_ptr, H, I,  # noqa: E741
+        TOP_K: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
         token = tl.program_id(0)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
@@ -418,7 +324,7 @@ if triton is not None:
 def grouped_linear_triton(
     hidden_states: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """As [`grouped_linear_reference`]. Int8 weights are dequantised in registers, products are summed in float32."""
+    """As [`grouped_linear`]. Int8 weights are dequantised in registers, products are summed in float32."""
     return _GroupedLinearTriton.apply(hidden_states, weight, offsets, scale)
 
 
@@ -431,54 +337,43 @@ def routed_mlp_triton(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As [`routed_mlp_reference`]. Each weight of a chosen expert is read once for each token that chose it."""
-    hidden_states = hidden_states.contiguous()
-    tokens, hidden_size = hidden_states.shape
-    top_k = top_k_index.shape[1]
-    intermediate_size = down.shape[2]
-    gate_up, down = gate_up.contiguous(), down.contiguous()
-    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    blocks = {"BLOCK_N": 16, "BLOCK_K": 16} if _INTERPRET else {"BLOCK_N": 16, "BLOCK_K": 512}
+    """
+    The weighted sum over each token's experts of `down(silu(gate(x)) * up(x))`. Each weight of a chosen expert is read
+    once for each token that chose it.
 
-    intermediate = hidden_states.new_empty(tokens * top_k, intermediate_size)
-    output = torch.empty_like(hidden_states)
-    with _on_device_of(hidden_states):
-        _routed_gate_up_kernel[(tokens * top_k, triton.cdiv(intermediate_size, blocks["BLOCK_N"]))](
-            hidden_states,
-            top_k_index,
-            gate_up,
-            intermediate if gate_up_scale is None else gate_up_scale.contiguous(),
-            intermediate,
-            hidden_size,
-            intermediate_size,
-            TOP_K=top_k,
-            SCALED=gate_up_scale is not None,
-            **blocks,
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, H)`).
+        top_k_index, top_k_weights (`torch.Tensor` of shape `(T, top_k)`): each token's experts, and their weights.
+        gate_up (`torch.Tensor` of shape `(G, 2 * I, H)`): gate rows, then up rows; int8 with `gate_up_scale`.
+        down (`torch.Tensor` of shape `(G, H, I)`): int8 with `down_scale`.
+        gate_up_scale, down_scale (`torch.Tensor` of shape `(G, 2 * I)` and `(G, H)`, float32, *optional*).
+
+    Returns:
+        `torch.Tensor` of shape `(T, H)`.
+    """
+    x, index, weights, gate_up, down = (
+        tensor.contiguous() for tensor in (hidden_states, top_k_index, top_k_weights, gate_up, down)
+    )
+    (tokens, hidden_size), top_k, intermediate_size = x.shape, index.shape[1], down.shape[2]
+    options = {"TOP_K": top_k, "SCALED": gate_up_scale is not None, "BLOCK_N": 16, "BLOCK_K": 16 if _INTERPRET else 512}
+    intermediate, output = x.new_empty(tokens * top_k, intermediate_size), torch.empty_like(x)
+    scales = (output if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale))
+    with _on_device_of(x):
+        _routed_gate_up_kernel[(tokens * top_k, triton.cdiv(intermediate_size, options["BLOCK_N"]))](
+            x, index, gate_up, next(scales), intermediate, hidden_size, intermediate_size, **options
         )
-        _routed_down_kernel[(tokens, triton.cdiv(hidden_size, blocks["BLOCK_N"]))](
-            intermediate,
-            top_k_index,
-            top_k_weights,
-            down,
-            output if down_scale is None else down_scale.contiguous(),
-            output,
-            hidden_size,
-            intermediate_size,
-            TOP_K=top_k,
-            SCALED=down_scale is not None,
-            **blocks,
+        _routed_down_kernel[(tokens, triton.cdiv(hidden_size, options["BLOCK_N"]))](
+            intermediate, index, weights, down, next(scales), output, hidden_size, intermediate_size, **options
         )
     return output
 
 
 __all__ = [
     "grouped_linear",
-    "grouped_linear_reference",
     "grouped_linear_triton",
     "has_triton_kernels",
     "planned_device",
     "quantize_rows",
-    "routed_mlp_reference",
     "routed_mlp_triton",
     "scaled_linear",
 ]

@@ -24,6 +24,7 @@ All but the reference keep, for the backward pass, one state for each block of t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +35,8 @@ from .scan_blocked_longllava import BlockedScan, allocate_block, state_dtype
 from .scan_triton_longllava import TritonScan
 
 
-def selective_scan_reference(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-    return_final_state: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The equations above, one token after the other. Same arguments and results as [`selective_scan`]."""
+def selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+    """The equations above, one token after the other, from the arguments of [`selective_scan`] to output and state."""
     output_dtype, dtype = u.dtype, state_dtype(u)
     u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
     if delta_bias is not None:
@@ -69,8 +57,7 @@ def selective_scan_reference(
         y = y + u * D.to(dtype)[:, None]
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    y = y.to(output_dtype)
-    return (y, state) if return_final_state else y
+    return y.to(output_dtype), state
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
@@ -81,12 +68,6 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     x, delta, B, C, z = (None if t is None else t.to(delta.dtype) for t in (u, delta, B, C, z))
     y, state = selective_scan_fn(x, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state=True)
     return y.to(u.dtype), state
-
-
-def _reference_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
-    return selective_scan_reference(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, return_final_state=True
-    )
 
 
 def _one_token(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
@@ -126,19 +107,18 @@ def _no_tokens(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_stat
 
 
 _SCANS: dict[str, Callable] = {
-    "reference": _reference_scan,
+    "reference": selective_scan_reference,
     "torch": BlockedScan.apply,
     "triton": TritonScan.apply,
     "mamba_ssm": _mamba_ssm_scan,
 }
-SCAN_IMPLEMENTATIONS = tuple(_SCANS)
 
 
 def choose_scan(
     u: torch.Tensor, has_state: bool = False, has_boundaries: bool = False, requested: str | None = None
 ) -> str:
     """
-    Which of [`SCAN_IMPLEMENTATIONS`] a scan of `u` takes: the one that is requested, else the fastest there is.
+    Which implementation a scan of `u` takes: the one that is requested, else the fastest there is.
 
     Args:
         u (`torch.Tensor`): of the device and dtype of the input.
@@ -196,7 +176,7 @@ def selective_scan(
         seq_idx (`torch.Tensor` of shape `(b, l)`, *optional*): number of the sequence that each token belongs to; where
             it changes, the state starts from zero. The first token's sequence is the one that `initial_state` is of.
         return_final_state (`bool`, defaults to `False`): return the state after the last token too.
-        implementation (`str`, *optional*): one of [`SCAN_IMPLEMENTATIONS`]; see [`choose_scan`].
+        implementation (`str`, *optional*): see [`choose_scan`].
 
     Returns:
         `torch.Tensor` of shape `(b, d, l)` in `u`'s dtype; with `return_final_state`, also the final state
@@ -214,12 +194,11 @@ def selective_scan(
     elif u.shape[-1] == 1 and name == "torch":
         scan = _one_token
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
-    if not u.is_meta and torch.is_autocast_enabled(u.device.type):
-        with torch.autocast(u.device.type, enabled=False):  # states are float32, whatever surrounds them
-            y, final_state = scan(*arguments)
-    else:
+    has_autocast = not u.is_meta and torch.is_autocast_enabled(u.device.type)
+    # States are float32, whatever surrounds them.
+    with torch.autocast(u.device.type, enabled=False) if has_autocast else nullcontext():
         y, final_state = scan(*arguments)
     return (y, final_state) if return_final_state else y
 
 
-__all__ = ["SCAN_IMPLEMENTATIONS", "choose_scan", "selective_scan", "selective_scan_reference"]
+__all__ = ["choose_scan", "selective_scan", "selective_scan_reference"]
