@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +79,11 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        arguments.model,
-        dtype="auto",
-        device_map={"": device},
-        quantization_config=named_quantization(arguments.quantization),
+    device_map = {"": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    quantization = named_quantization(arguments.quantization)
+    return AutoModelForImageTextToText.from_pretrained(
+        arguments.model, dtype="auto", device_map=device_map, quantization_config=quantization
     )
-    return model.eval()
 
 
 class Session:
@@ -110,11 +108,6 @@ class Session:
                 raise ValueError(
                     f"The context `{context}` does not say what it ends with; it was not kept by `longllava`."
                 )
-
-    @property
-    def ids(self) -> torch.Tensor:
-        known = self.context.input_ids
-        return torch.empty(1, 0, dtype=torch.long, device=self.model.device) if known is None else known
 
     def _prepare(self, content: list[dict[str, Any]]) -> Any:
         """What the model takes for a message of the user."""
@@ -149,45 +142,35 @@ class Session:
         if (kind := self.context.metadata.get("last")) is not None:
             return self._after_visual(kind, content)
         inputs = self._prepare(content)
-        ids = inputs["input_ids"]
-        return torch.cat([self._line_break(), ids], dim=1) if self.ids.shape[1] else ids, inputs.get("pixel_values")
+        before = [self._line_break()] if self.context.num_tokens else []
+        return torch.cat([*before, inputs["input_ids"]], dim=1), inputs.get("pixel_values")
 
     def show(self, visuals: list[Visual]) -> None:
         """Read pictures and films before anything is asked about them."""
         ids, pixel_values = self._new_inputs([*(v.block for v in visuals), {"type": "text", "text": "?"}])
         # Tokens after an image token do not depend on what is before it, so here is where to stop.
         end = int((ids[0] == self.processor.image_token_id).nonzero()[-1, 0]) + 1
-        device = self.model.device
-        self.model.prefill(
-            input_ids=ids[:, :end].to(device),
-            pixel_values=pixel_values,
-            cache=self.context,
-            prefill_chunk_size=self.arguments.prefill_chunk_size,
-        )
+        ids, chunk_size = ids[:, :end].to(self.model.device), self.arguments.prefill_chunk_size
+        self.model.prefill(ids, pixel_values, cache=self.context, prefill_chunk_size=chunk_size)
         shown = self.context.metadata.get("files", [])
         self.context.metadata = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
 
     def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
         """Answer one turn; the conversation so far is kept."""
         started = time.perf_counter()
-        ids, pixel_values = self._new_inputs(
-            [*(visual.block for visual in visuals), {"type": "text", "text": question}]
-        )
-        known, new_tokens = self.ids, ids.shape[1]
-        ids = torch.cat([known, ids.to(known.device)], dim=1)
-        streamer = (
-            TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        )
+        content = [*(visual.block for visual in visuals), {"type": "text", "text": question}]
+        ids, pixel_values = self._new_inputs(content)
+        known = self.context.num_tokens
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         prepared = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=ids.to(self.model.device),
                 pixel_values=pixel_values,
                 cache=self.context,
                 max_new_tokens=self.arguments.max_new_tokens,
                 prefill_chunk_size=self.arguments.prefill_chunk_size,
-                streamer=streamer,
+                streamer=streamer if stream else None,
                 do_sample=False,
             )
         answer_ids = output[0, ids.shape[1] :]
@@ -197,8 +180,8 @@ class Session:
             "answer": self.processor.decode(answer_ids, skip_special_tokens=True).strip(),
             "model": self.arguments.model,
             "files": files,
-            "context_tokens": known.shape[1],
-            "prompt_tokens": new_tokens,
+            "context_tokens": known,
+            "prompt_tokens": ids.shape[1],
             "new_tokens": len(answer_ids),
             "seconds": {
                 "prepare": round(prepared - started, 3),
@@ -309,28 +292,23 @@ def describe_scan(requested: str | None) -> str:
     return f"{scan} (convolution: {convolution}) on {device}"
 
 
-def print_profile(model: Any, context: int, as_json: bool) -> None:
-    seconds = profile_decoding(model, context)
-    if as_json:
-        print(json.dumps({"context": context, "seconds": seconds}, indent=2))
-        return
-    total = sum(value for part, value in seconds.items() if part != "whole token")
-    print(f"a generated token after {context:,}: {1e3 * seconds.pop('whole token'):.2f} ms, of which")
-    for part, value in seconds.items():
-        print(f"  {part:20}{100 * value / total:5.1f} %")
-
-
 def info(arguments: argparse.Namespace) -> None:
     if arguments.profile:
-        print_profile(load_model(arguments), arguments.context, arguments.json)
-        return
-    facts = describe_model(arguments.model)
+        seconds = profile_decoding(load_model(arguments), arguments.context)
+        facts: dict[str, Any] = {"context": arguments.context, "seconds": seconds}
+    else:
+        facts = describe_model(arguments.model)
     if arguments.json:
         print(json.dumps(facts, indent=2))
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) and 'id' not in name.split() else value}")
+    elif arguments.profile:
+        total = sum(value for part, value in seconds.items() if part != "whole token")
+        print(f"a generated token after {arguments.context:,}: {1e3 * seconds.pop('whole token'):.2f} ms, of which")
+        for part, value in seconds.items():
+            print(f"  {part:20}{100 * value / total:5.1f} %")
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) and 'id' not in name.split() else value}")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -372,69 +350,69 @@ def plan(arguments: argparse.Namespace) -> None:
     print(f"This {verdict} in {result.memory / 1e9:g} GB; so do up to {result.max_images:,} images.")
 
 
+def _option(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    return name, options
+
+
+_CHUNKS = _option("--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)")
+_MAX_NEW_TOKENS = _option("--max-new-tokens", type=int, default=256)
+_JSON = _option("--json", action="store_true", help="print the result and its circumstances as JSON")
+_LOADING = [
+    _option("--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"),
+    _option("--device", help="where to run (default: a GPU if there is one)"),
+]
+_GENERATION = [
+    _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
+    _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)"),
+    _option("--fps", type=float, help="frames a second of each video, instead"),
+    _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images"),
+    *(_MAX_NEW_TOKENS, _CHUNKS, *_LOADING, _JSON),
+]
+# A function, what it does, and its arguments.
+_COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str, dict[str, Any]]]]] = [
+    (ask, "Ask one question about any number of pictures and videos.", [
+        _option("inputs", nargs="+", metavar="FILE... QUESTION", help="a kept context, paths or URLs, then the question"),
+        _option("--keep", metavar="FILE", help="keep what was read, for other questions about it"),
+        *_GENERATION,
+    ]),
+    (chat, "A conversation about pictures and videos.", [
+        _option("inputs", nargs="*", metavar="FILE", help="a kept context, paths or URLs that it is about"),
+        *_GENERATION,
+    ]),
+    (convert, "Rewrite a checkpoint in the native layout, or back in the published one.", [
+        _option("source", help="folder or Hub id"),
+        _option("destination", help="folder that does not exist yet"),
+        _option("--to", choices=["native", "published"], default="native"),
+    ]),
+    (plan, "What a run takes in memory, before it is started, and how many images fit.", [
+        _option("model", nargs="?", help="folder or Hub id"),
+        _option("--shape", choices=list(SHAPES), help="a published shape, instead of a model"),
+        _option("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)"),
+        _option("--images", type=int, default=1000),
+        _option("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
+        _option("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16"),
+        _option("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)"),
+        _option("--plot", metavar="FILE.png", help="draw memory against the number of images"),
+        *(_MAX_NEW_TOKENS, _CHUNKS, _JSON),
+    ]),
+    (info, "What a checkpoint is, without loading its weights; or where its time goes.", [
+        _option("model", nargs="?", default=TINY, help="folder or Hub id"),
+        _option("--profile", action="store_true", help="load it, and say where the time of a token goes"),
+        _option("--context", type=int, default=1024, help="tokens before that one (default: 1024)"),
+        *(*_LOADING, _JSON),
+    ]),
+]  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longllava", description="Ask LongLLaVA about pictures and videos.")
     parser.add_argument("--version", action="version", version=f"longllava_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def add(name: str, function, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help)
+    for function, description, options in _COMMANDS:
+        command = commands.add_parser(function.__name__, help=description, description=description)
         command.set_defaults(function=function)
-        return command
-
-    def add_loading(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"
-        )
-        command.add_argument("--device", help="where to run (default: a GPU if there is one)")
-
-    def add_generation(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"
-        )
-        command.add_argument("--max-new-tokens", type=int, default=256)
-        command.add_argument("--num-frames", type=int, help="frames of each video, uniformly (default: 128)")
-        command.add_argument("--fps", type=float, help="frames a second of each video, instead")
-        command.add_argument("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
-        command.add_argument(
-            "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)"
-        )
-        add_loading(command)
-        command.add_argument("--json", action="store_true", help="print the answer and its circumstances as JSON")
-
-    command = add("ask", ask, "Ask one question about any number of pictures and videos.")
-    command.add_argument(
-        "inputs", nargs="+", metavar="FILE... QUESTION", help="a kept context, paths or URLs, then the question"
-    )
-    command.add_argument("--keep", metavar="FILE", help="keep what was read, for other questions about it")
-    add_generation(command)
-    command = add("chat", chat, "A conversation about pictures and videos.")
-    command.add_argument("inputs", nargs="*", metavar="FILE", help="a kept context, paths or URLs that it is about")
-    add_generation(command)
-    command = add("convert", convert, "Rewrite a checkpoint in the native layout, or back in the published one.")
-    command.add_argument("source", help="folder or Hub id")
-    command.add_argument("destination", help="folder that does not exist yet")
-    command.add_argument("--to", choices=["native", "published"], default="native")
-    command = add("plan", plan, "What a run takes in memory, before it is started, and how many images fit.")
-    command.add_argument("model", nargs="?", help="folder or Hub id")
-    command.add_argument("--shape", choices=list(SHAPES), help="a published shape, instead of a model")
-    command.add_argument("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)")
-    command.add_argument("--images", type=int, default=1000)
-    command.add_argument("--max-new-tokens", type=int, default=256)
-    command.add_argument("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)")
-    command.add_argument(
-        "--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)"
-    )
-    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    command.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)")
-    command.add_argument("--plot", metavar="FILE.png", help="draw memory against the number of images")
-    command.add_argument("--json", action="store_true")
-    command = add("info", info, "What a checkpoint is, without loading its weights; or where its time goes.")
-    command.add_argument("model", nargs="?", default=TINY, help="folder or Hub id")
-    command.add_argument("--profile", action="store_true", help="load it, and say where the time of a token goes")
-    command.add_argument("--context", type=int, default=1024, help="tokens before that one (default: 1024)")
-    add_loading(command)
-    command.add_argument("--json", action="store_true")
+        for name, option in options:
+            command.add_argument(name, **option)
     return parser
 
 

@@ -355,7 +355,12 @@ def routed_mlp_triton(
         tensor.contiguous() for tensor in (hidden_states, top_k_index, top_k_weights, gate_up, down)
     )
     (tokens, hidden_size), top_k, intermediate_size = x.shape, index.shape[1], down.shape[2]
-    options = {"TOP_K": top_k, "SCALED": gate_up_scale is not None, "BLOCK_N": 16, "BLOCK_K": 16 if _INTERPRET else 512}
+    options = {
+        "TOP_K": top_k,
+        "SCALED": gate_up_scale is not None,
+        "BLOCK_N": 16,
+        "BLOCK_K": 16 if _INTERPRET else 512,
+    }
     intermediate, output = x.new_empty(tokens * top_k, intermediate_size), torch.empty_like(x)
     scales = (output if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale))
     with _on_device_of(x):

@@ -8,7 +8,7 @@ import copy
 import os
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -60,9 +60,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """
-    On `meta`, attention would be spelled out with all its scores; on a device one kernel does without them.
-    """
+    """On `meta`, attention would be spelled out with all its scores; on a device one kernel does without them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,18 +96,9 @@ class MemoryPlan:
         return self.total <= self.memory
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.settings,
-            "images": self.images,
-            "tokens": self.tokens,
-            "weights": self.weights,
-            "items": self.items,
-            "weights_total": sum(self.weights.values()),
-            "total": self.total,
-            "memory": self.memory,
-            "fits": self.fits,
-            "max_images": self.max_images,
-        }
+        plan = asdict(self)
+        total = {"weights_total": sum(self.weights.values()), "total": self.total, "fits": self.fits}
+        return {**plan.pop("settings"), **plan, **total}
 
 
 def build_on_meta(
@@ -167,10 +156,16 @@ class MemoryPlanner:
             raise ValueError(f"`quantization` must be one of {', '.join(BITS)}, but is {quantization!r}.")
         if prefill_chunk_size is None:
             prefill_chunk_size = default_chunk_size(device)
-        if prefill_chunk_size < 1:
-            raise ValueError(f"`prefill_chunk_size` must be at least 1, but is {prefill_chunk_size}.")
-        if max_new_tokens < 0:
-            raise ValueError(f"`max_new_tokens` must be at least 0, but is {max_new_tokens}.")
+        self.settings = {
+            "quantization": quantization,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device,
+            "max_new_tokens": max_new_tokens,
+            "prefill_chunk_size": prefill_chunk_size,
+        }
+        for name, least in (("prefill_chunk_size", 1), ("max_new_tokens", 0)):
+            if self.settings[name] < least:
+                raise ValueError(f"`{name}` must be at least {least}, but is {self.settings[name]}.")
         if memory < 1:
             raise ValueError(f"`memory` must be at least 1 byte, but is {memory}.")
         self.config, self.quantization, self.dtype, self.memory = copy.deepcopy(config), quantization, dtype, memory
@@ -196,10 +191,6 @@ class MemoryPlanner:
         """Tokens of a prompt with so many images, and of its answer."""
         per_image = self.config.image_seq_length + _TOKENS_AROUND_AN_IMAGE
         return images * per_image + _TOKENS_OF_A_QUESTION + self.max_new_tokens
-
-    def cache_bytes(self, tokens: int) -> dict[str, int]:
-        """Bytes of the keys and values, and of the Mamba layers' states, after so many tokens."""
-        return {"KV cache": self._kv_bytes_a_token * tokens, "Mamba states": self._state_bytes}
 
     def _measure_cache(self) -> tuple[int, int]:
         cache = LongLLaVACache(self.model.config)
@@ -273,7 +264,7 @@ class MemoryPlanner:
             return self._plans[images]
         config, tokens = self.config, self.tokens(images)
         element, prompt = self.dtype.itemsize, tokens - self.max_new_tokens
-        cache = self.cache_bytes(tokens)
+        cache = {"KV cache": self._kv_bytes_a_token * tokens, "Mamba states": self._state_bytes}
         items = {
             "pixel values": images * 3 * config.vision_config.image_size**2 * element,
             "prompt embeddings": prompt * config.get_text_config().hidden_size * element if images else 0,
@@ -282,7 +273,7 @@ class MemoryPlanner:
             # While the tower works nothing is cached yet.
             "largest activation": max(self.prefill_peak(images), self.tower_peak(images) - sum(cache.values())),
         }
-        self._plans[images] = MemoryPlan(self.weights, items, images, tokens, self.memory)
+        self._plans[images] = MemoryPlan(self.weights, items, images, tokens, self.memory, settings=self.settings)
         return self._plans[images]
 
     def plan(self, images: int) -> MemoryPlan:
@@ -296,13 +287,6 @@ class MemoryPlanner:
             raise ValueError(f"The number of images must be at least 0, but is {images}.")
         plan = self._plan(images)
         plan.max_images = self._max_images(plan)
-        plan.settings = {
-            "quantization": self.quantization,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device,
-            "max_new_tokens": self.max_new_tokens,
-            "prefill_chunk_size": self.prefill_chunk_size,
-        }
         return plan
 
     def _max_images(self, plan: MemoryPlan) -> int:
@@ -321,10 +305,6 @@ class MemoryPlanner:
             low, high = (found, high) if found.fits else (low, found)
         return low.images
 
-    def curve(self, up_to: int, points: int = 5) -> list[MemoryPlan]:
-        """Plans for some numbers of images between 0 and `up_to`, to be drawn."""
-        return [self._plan(round(up_to * i / (points - 1))) for i in range(points)]
-
 
 def draw_plan(planner: MemoryPlanner, plan: MemoryPlan, file: str | os.PathLike) -> None:
     """
@@ -338,8 +318,9 @@ def draw_plan(planner: MemoryPlanner, plan: MemoryPlan, file: str | os.PathLike)
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: `pip install 'longllava_hf[plot]'`.") from error
 
-    plans = planner.curve(max(plan.images, round(plan.max_images * 1.2), planner.config.vision_batch_size))
-    images = [point.images for point in plans]
+    most = max(plan.images, round(plan.max_images * 1.2), planner.config.vision_batch_size)
+    images = [round(most * i / 4) for i in range(5)]
+    plans = [planner._plan(number) for number in images]
     heights = {f"weights, {kind}": [point.weights[kind] / 1e9 for point in plans] for kind in plan.weights}
     heights.update({item: [point.items[item] / 1e9 for point in plans] for item in plan.items})
     heights = {name: values for name, values in heights.items() if max(values) > 0.002 * plan.total / 1e9}

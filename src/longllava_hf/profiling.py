@@ -2,6 +2,8 @@
 """Where the time of a generated token goes."""
 
 import time
+from collections import defaultdict
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,39 +20,37 @@ _PARTS = {
 }
 
 
-class _Clock:
-    """Seconds by part, measured around the calls of modules."""
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
-    def __init__(self, model: Any):
-        self.seconds: dict[str, float] = {}
-        self.device = model.device
-        self.open: list[tuple[str, float]] = []
-        self.handles = []
-        for name, module in model.named_modules():
-            part = "head" if name == "lm_head" else self._part_of(type(module).__name__)
-            if part is not None:
-                self.handles.append(module.register_forward_pre_hook(lambda *_, part=part: self._start(part)))
-                self.handles.append(module.register_forward_hook(lambda *_: self._stop()))
 
-    @staticmethod
-    def _part_of(class_name: str) -> str | None:
-        return next((part for key, part in _PARTS.items() if key in class_name), None)
+@contextmanager
+def _watch_parts(model: Any):
+    """Seconds by part, measured around the calls of modules while the context is open."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    running: list[tuple[str, float]] = []
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def start(part: str) -> None:
+        running.append((part, 0.0 if running else _now(model)))
 
-    def _start(self, part: str) -> None:
-        self.open.append((part, self.now() if not self.open else 0.0))
+    def stop() -> None:
+        part, started = running.pop()
+        if not running:
+            seconds[part] += _now(model) - started
 
-    def _stop(self) -> None:
-        part, started = self.open.pop()
-        if not self.open:
-            self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - started
-
-    def remove(self) -> None:
-        for handle in self.handles:
+    handles = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        part = "head" if name == "lm_head" else next((part for key, part in _PARTS.items() if key in kind), None)
+        if part is not None:
+            handles.append(module.register_forward_pre_hook(lambda *_, part=part: start(part)))
+            handles.append(module.register_forward_hook(lambda *_: stop()))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -82,19 +82,16 @@ def profile_decoding(model: Any, context: int = 1024, new_tokens: int = 32) -> d
         for _ in range(count):
             model(input_ids=ids[:, -1:], cache=cache, use_cache=True, logits_to_keep=1)
 
-    generate(3)  # what is done once is not a token's
-    clock = _Clock(model)
-    try:
-        started = clock.now()
+    def measure() -> float:
+        started = _now(model)
         generate(new_tokens)
-        watched = clock.now() - started
-    finally:
-        clock.remove()
-    started = clock.now()
-    generate(new_tokens)
-    whole = clock.now() - started
-    parts = {part: seconds / new_tokens for part, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
-    return {**parts, "rest": watched / new_tokens - sum(parts.values()), "whole token": whole / new_tokens}
+        return (_now(model) - started) / new_tokens
+
+    generate(3)  # what is done once is not a token's
+    with _watch_parts(model) as seconds:
+        watched = measure()
+    parts = {part: total / new_tokens for part, total in sorted(seconds.items(), key=lambda item: -item[1])}
+    return {**parts, "rest": watched - sum(parts.values()), "whole token": measure()}
 
 
 __all__ = ["profile_decoding"]
