@@ -30,10 +30,9 @@ from .modeling_longllava_text import (
     LongLLaVATextModel,
     LongLLaVATextPreTrainedModel,
     check_cache,
+    language_modeling_outputs,
     packed_sequences,
     positions_in_sequences,
-    router_aux_loss,
-    select_positions,
 )
 
 
@@ -378,22 +377,9 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        aux_loss = router_aux_loss(text_config, outputs.router_logits, attention_mask)
-        if loss is not None and aux_loss is not None:
-            loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return LongLLaVACausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            **language_modeling_outputs(self, outputs, logits_to_keep, labels, attention_mask, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
-            **as_cache(get_cache(outputs)),
         )
 
 

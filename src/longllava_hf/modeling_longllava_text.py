@@ -22,7 +22,14 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.jamba.modeling_jamba import JambaMLP, JambaRMSNorm, load_balancing_loss_func, repeat_kv
+from transformers.models.jamba.modeling_jamba import (
+    JambaAttention,
+    JambaMLP,
+    JambaRMSNorm,
+    eager_attention_forward,
+    load_balancing_loss_func,
+    repeat_kv,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -32,13 +39,13 @@ from .cache_longllava import LongLLaVACache
 from .causal_conv1d_longllava import causal_conv1d, sequence_starts
 from .checkpoint_longllava import damaged_files, load_published_checkpoint
 from .compat_longllava import (
+    CACHE,
     OutputRecorder,
     SettableExperts,
     accepts_cache,
     as_cache,
     attention_and_logsumexp_cpu,
     capture_outputs,
-    get_cache,
     merge_with_config_defaults,
     recurrent_states,
     take_cache,
@@ -95,26 +102,6 @@ def _permute_tokens(hidden_states: torch.Tensor, order: torch.Tensor) -> torch.T
     return hidden_states.gather(1, order.unsqueeze(-1).expand_as(hidden_states))
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    groups: Any = module.num_key_value_groups
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    attn_weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    return (attn_weights @ value).transpose(1, 2).contiguous(), attn_weights
-
-
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float = 0.0
 ) -> torch.Tensor:
@@ -155,22 +142,8 @@ def causal_attention(
     return torch.lerp(now, before.reshape(now.shape), share)
 
 
-class LongLLaVAAttention(nn.Module):
+class LongLLaVAAttention(JambaAttention):
     """Grouped-query attention. Key difference to Llama: no positional embedding; the Mamba layers know the order."""
-
-    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -189,24 +162,15 @@ class LongLLaVAAttention(nn.Module):
 
         # A cache of fixed size holds positions that are not used yet.
         is_growing = not getattr(cache, "is_compileable", False)
-        if attention_mask is None and is_growing and self.config._attn_implementation == "sdpa":
-            attn_output = causal_attention(
-                query, key, value, self.scaling, self.attention_dropout if self.training else 0.0
+        implementation, dropout = self.config._attn_implementation, self.attention_dropout if self.training else 0.0
+        if attention_mask is None and is_growing and implementation == "sdpa":
+            attn_output, attn_weights = causal_attention(query, key, value, self.scaling, dropout), None
+            attn_output = attn_output.transpose(1, 2)
+        else:
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            attn_output, attn_weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
-            return self.o_proj(attn_output.transpose(1, 2).reshape(*input_shape, -1)), None
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
@@ -338,53 +302,35 @@ class LongLLaVAMambaMixer(nn.Module):
 
 
 class LongLLaVADecoderLayer(GradientCheckpointingLayer):
-    """What the two kinds of layer share: a mixer over positions, then a feed-forward, each with its norm and residual."""
+    """Attention or a Mamba mixer, then a feed-forward or experts, each with its norm and residual."""
 
     def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
         super().__init__()
         has_experts = config.layers_num_experts[layer_idx] > 1
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "full_attention":
+            self.self_attn = LongLLaVAAttention(config, layer_idx)  # type: ignore[arg-type]
+        else:
+            self.mamba = LongLLaVAMambaMixer(config, layer_idx)
+        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else JambaMLP(config)
         self.input_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.pre_ff_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else JambaMLP(config)
 
-    def mix(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        raise NotImplementedError
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        cache = take_cache(kwargs)  # type: ignore[arg-type]
-        hidden_states = hidden_states + self.mix(self.input_layernorm(hidden_states), cache=cache, **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding: Padding | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        cache, residual = take_cache(kwargs), hidden_states  # type: ignore[arg-type]
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == "full_attention":
+            hidden_states = self.self_attn(hidden_states, cache=cache, **kwargs)[0]
+        else:
+            hidden_states = self.mamba(hidden_states, cache=cache, padding=padding, seq_idx=seq_idx)
+        hidden_states = residual + hidden_states
         return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
-
-
-class LongLLaVAAttentionDecoderLayer(LongLLaVADecoderLayer):
-    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.self_attn = LongLLaVAAttention(config, layer_idx)
-
-    def mix(
-        self,
-        hidden_states: torch.Tensor,
-        padding: Padding | None = None,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        return self.self_attn(hidden_states, **kwargs)[0]
-
-
-class LongLLaVAMambaDecoderLayer(LongLLaVADecoderLayer):
-    def __init__(self, config: LongLLaVATextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.mamba = LongLLaVAMambaMixer(config, layer_idx)
-
-    def mix(
-        self,
-        hidden_states: torch.Tensor,
-        cache: Cache | None = None,
-        padding: Padding | None = None,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        return self.mamba(hidden_states, cache=cache, padding=padding, seq_idx=seq_idx)
 
 
 class LongLLaVATextPreTrainedModel(SettableExperts, PreTrainedModel):
@@ -392,7 +338,7 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LongLLaVAAttentionDecoderLayer", "LongLLaVAMambaDecoderLayer"]
+    _no_split_modules = ["LongLLaVADecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -528,11 +474,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layer_classes = {
-            "full_attention": LongLLaVAAttentionDecoderLayer,
-            "linear_attention": LongLLaVAMambaDecoderLayer,
-        }
-        self.layers = nn.ModuleList(layer_classes[kind](config, i) for i, kind in enumerate(config.layer_types))
+        self.layers = nn.ModuleList(LongLLaVADecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -635,25 +577,39 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **as_cache(cache))
 
 
-def router_aux_loss(
-    config: LongLLaVATextConfig, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The load-balancing loss over all expert layers (arXiv 2101.03961, equations 4 to 6); `None` without experts."""
-    if not router_logits:
-        return None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        # The mask covers the past too, the logits only this pass.
-        attention_mask = attention_mask[:, -(router_logits[0].shape[0] // attention_mask.shape[0]) :]
-    else:
-        attention_mask = None
-    experts, top_k = config.num_experts, config.num_experts_per_tok
-    return load_balancing_loss_func(router_logits, experts, top_k, attention_mask)  # type: ignore[arg-type, return-value]
+def language_modeling_outputs(
+    model: Any,
+    outputs: Any,
+    logits_to_keep: int | torch.Tensor,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> dict[str, Any]:
+    """
+    What a head makes of a decoder's outputs. The loss includes the load-balancing loss over all expert layers (arXiv
+    2101.03961, equations 4 to 6), where there are router logits.
 
-
-def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The last `logits_to_keep` positions (0: all), or the positions at those indices."""
+    Args:
+        model (`PreTrainedModel`): with an `lm_head`.
+        outputs (`ModelOutput`): of the decoder.
+        logits_to_keep (`int` or `torch.Tensor`): how many of the last positions, or which; 0 for all.
+        labels, attention_mask, kwargs: as for the model's `forward`.
+    """
+    config: Any = model.config.get_text_config()
     positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    return hidden_states[:, positions, :]
+    logits = model.lm_head(outputs.last_hidden_state[:, positions, :])
+    loss: Any = None
+    aux_loss: Any = None
+    if labels is not None:
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+    if router_logits := outputs.router_logits:
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if mask is not None:  # which covers the past too, the logits only this pass
+            mask = mask[:, -(router_logits[0].shape[0] // mask.shape[0]) :]
+        aux_loss = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+        loss = None if loss is None else loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+    names = ("hidden_states", "attentions", "router_logits", CACHE)
+    return {"loss": loss, "aux_loss": aux_loss, "logits": logits, **{name: getattr(outputs, name) for name in names}}
 
 
 class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedModel):
@@ -706,21 +662,8 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        aux_loss = router_aux_loss(self.config, outputs.router_logits, attention_mask)
-        if loss is not None and aux_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            **as_cache(get_cache(outputs)),
+            **language_modeling_outputs(self, outputs, logits_to_keep, labels, attention_mask, **kwargs)
         )
 
 
@@ -729,8 +672,7 @@ __all__ = [
     "LongLLaVATextModel",
     "LongLLaVATextPreTrainedModel",
     "check_cache",
+    "language_modeling_outputs",
     "packed_sequences",
     "positions_in_sequences",
-    "router_aux_loss",
-    "select_positions",
 ]
