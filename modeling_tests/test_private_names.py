@@ -103,12 +103,7 @@ def hidden_names(file: Path) -> list[str]:
     return found
 
 
-# Loading still overrides private steps of its host; what is listed here is to go.
-PENDING = pytest.mark.xfail(strict=True, reason="loading still goes through private hooks of Transformers")
-CASES = [pytest.param(f, marks=PENDING) if f.stem == "checkpoint_longllava" else f for f in FILES]
-
-
-@pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_no_private_name_outside_one_file(file):
     assert hidden_names(file) == []
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.core_model_loading import ConversionOps
 
+from .compat_longllava import move_hook
 from .grouped_linear_longllava import quantize_rows
 from .int8_longllava import LongLLaVAInt8Quantize, dense_linear, int8_linear
 
@@ -41,8 +42,11 @@ def int8_parts(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     return weight.data, scale.data
 
 
-class _RecomputedLinear(torch.autograd.Function):
-    """A frozen matrix that is dequantised twice, in the forward and in the backward pass, and kept in neither."""
+class RecomputedLinear(torch.autograd.Function):
+    """
+    `apply(hidden_states, matrix)`: `(..., columns)` to `(..., rows)` through the frozen `(rows, columns)` that `matrix()`
+    gives, once in the forward and once in the backward pass; it is kept in neither.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -53,11 +57,6 @@ class _RecomputedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         return grad_output @ ctx.matrix(), None
-
-
-def recomputed_linear(hidden_states: torch.Tensor, matrix: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """`(..., columns)` to `(..., rows)` through the frozen `(rows, columns)` that `matrix` gives whenever it is called."""
-    return _RecomputedLinear.apply(hidden_states, matrix)
 
 
 class BlockwiseWeight:
@@ -136,7 +135,7 @@ def _bitsandbytes_layers() -> dict[type, type]:
             if hidden_states.device.type != "cpu":
                 return super().forward(hidden_states)
             dtype = hidden_states.dtype
-            output = recomputed_linear(hidden_states, lambda: BlockwiseWeight(self.weight).matrix(0, dtype))
+            output = RecomputedLinear.apply(hidden_states, lambda: BlockwiseWeight(self.weight).matrix(0, dtype))
             return output if self.bias is None else output + self.bias.to(dtype)
 
     for layer in (LongLLaVABnbInt8Linear, LongLLaVABnb4bitLinear):
@@ -166,7 +165,9 @@ def use_own_products(model: nn.Module) -> None:
         return
     for name, module in list(model.named_modules()):
         if (layer := _bitsandbytes_layers().get(type(module))) is not None:
-            model.set_submodule(name, layer(module))
+            replacement = layer(module)
+            move_hook(module, replacement)
+            model.set_submodule(name, replacement)
 
 
 def dequantize_4bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
@@ -175,17 +176,6 @@ def dequantize_4bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
         if is_blockwise(module):
             bias: Any = module.bias
             model.set_submodule(name, dense_linear(BlockwiseWeight(module.weight).matrix(0, dtype), bias))
-
-
-def quantized_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Rows and columns of a quantised layer's weight as it was read, or `None` for any other module."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear) and weight.device.type != "meta":
-        if is_blockwise(module):
-            return tuple(weight.quant_state.shape)
-        if weight.dtype == torch.int8:
-            return tuple(weight.shape)
-    return None
 
 
 def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] | None:
@@ -230,11 +220,10 @@ def scale_bytes(model: nn.Module) -> int:
 
 __all__ = [
     "BlockwiseWeight",
+    "RecomputedLinear",
     "dequantize_4bit_layers",
     "int8_parts",
     "is_blockwise",
-    "quantized_shape",
-    "recomputed_linear",
     "row_quantizer",
     "scale_bytes",
     "use_own_products",

@@ -1,35 +1,47 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """
-From the names in a checkpoint to the names in the model, as one declarative table.
+Loading. From the names in a checkpoint to the names in the model, as one declarative table; what must be there, told by
+the headers of its files before a weight is read; and the rest through Transformers' `from_pretrained`.
 
 On disk there are three namings: the authors' (`model.layers.0.moe.experts.3.up_proj`), the same with Transformers'
 Jamba names below the layer (`model.layers.0.feed_forward.experts.3.up_proj`), and the native one, which has Jamba's
 names under `model.language_model.`. All three hold one tensor an expert; only in memory are experts stacked.
 """
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from glob import glob
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import ConversionOps
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from .bitsandbytes_longllava import quantized_shape, row_quantizer, use_own_products
+from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
+from .compat_longllava import LazyWeightConverter, save_registered_names, take_adapter
 from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
-from .int8_longllava import bits_of, check_device_memory
+from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
 
 logger = logging.get_logger(__name__)
 
+# What says where files come from.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _VISION_TOWER = "vision_tower."
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
@@ -42,8 +54,8 @@ class StackExperts(ConversionOps):
     next one is read, so that at most one of them is in memory besides the result.
     """
 
-    # Set by `ExpertConverter`, for each tensor.
-    quantization_operation: ConversionOps | None = None
+    # Set by [`LazyWeightConverter`], for each tensor.
+    quantize_op: ConversionOps | None = None
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name="", config=None, **kwargs):
@@ -52,7 +64,7 @@ class StackExperts(ConversionOps):
         if found != [num_experts] * len(source_patterns):
             raise ValueError(f"expected {num_experts} of each of {source_patterns}, found {found}")
         pending = [part for expert in zip(*(input_dict[pattern] for pattern in source_patterns)) for part in expert]
-        by_rows = row_quantizer(self.quantization_operation)
+        by_rows = row_quantizer(self.quantize_op)
         stacked: list[torch.Tensor] = []
         for i, part in enumerate(pending):
             rows = part.result() if isinstance(part, Future) else part()
@@ -65,8 +77,8 @@ class StackExperts(ConversionOps):
         if by_rows:
             return by_rows[1](full_layer_name, *stacked)
         converted = {full_layer_name: stacked[0]}
-        if self.quantization_operation is not None:
-            return self.quantization_operation.convert(converted, full_layer_name=full_layer_name, **kwargs)
+        if self.quantize_op is not None:
+            return self.quantize_op.convert(converted, full_layer_name=full_layer_name, **kwargs)
         return converted
 
     @property
@@ -93,26 +105,12 @@ class SplitExperts(ConversionOps):
         return StackExperts()
 
 
-class ExpertConverter(WeightConverter):
-    """Hands the operation tensors that are not read yet, and leaves quantising to it."""
-
-    __slots__ = ()
-
-    def materialize_tensors(self):
-        operation: Any = self.operations[0]
-        if isinstance(operation, SplitExperts):
-            return super().materialize_tensors()
-        collected = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
-        operation.quantization_operation, self.quantization_operation = self.quantization_operation, None
-        return collected
-
-
 def register_expert_conversion() -> None:
     """Tell Transformers that experts are stored one by one and used stacked. Saving undoes it."""
     register_checkpoint_conversion_mapping(
         LongLLaVATextConfig.model_type,
         [
-            ExpertConverter(
+            LazyWeightConverter(
                 source_patterns=[
                     "feed_forward.experts.*.gate_proj.weight",
                     "feed_forward.experts.*.up_proj.weight",
@@ -120,7 +118,7 @@ def register_expert_conversion() -> None:
                 target_patterns=r"feed_forward.experts.gate_up_proj.weight(?![\w.])",
                 operations=[StackExperts()],
             ),
-            ExpertConverter(
+            LazyWeightConverter(
                 source_patterns="feed_forward.experts.*.down_proj.weight",
                 target_patterns=r"feed_forward.experts.down_proj.weight(?![\w.])",
                 operations=[StackExperts()],
@@ -194,39 +192,53 @@ def damaged_files(folder: str | os.PathLike) -> str:
     return ", ".join(problems)
 
 
-def read_lazily(checkpoint_files: Iterable[str]) -> dict:
-    """All tensors of a checkpoint by name; those of safetensors files are read when they are used."""
-    tensors: dict = {}
-    for file in checkpoint_files:
-        if file.endswith(".safetensors"):
-            pointer = safe_open(file, framework="pt")
-            tensors.update({name: pointer.get_slice(name) for name in pointer.keys()})
-        else:
-            tensors.update(load_state_dict(file, weights_only=True))
-    return tensors
-
-
-class _OwnedSlice:
+class StoredTensor:
     """
-    A tensor of a safetensors file that is read into memory of its own, and of which nothing stays mapped afterwards:
-    the pages of a mapped file would count as the process's memory for as long as the file is open.
+    A tensor of a safetensors file, of which `tensor[...]` is read into memory of its own: nothing stays mapped afterwards,
+    as the pages of a mapped file count as the process's memory for as long as the file is open.
     """
 
-    def __init__(self, file: str, name: str):
-        self.file, self.name = file, name
+    def __init__(self, file: str, name: str, shape: Iterable[int]):
+        self.file, self.name, self.shape = file, name, tuple(shape)
 
     def __getitem__(self, index) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as pointer:
             return pointer.get_slice(self.name)[index].clone()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self[:0].dtype if self.shape else self[...].dtype
 
-def read_one_by_one(checkpoint_files: Iterable[str]) -> dict[str, _OwnedSlice]:
-    """As [`read_lazily`], for safetensors files of which only one tensor is to be in memory at a time."""
-    tensors = {}
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def read_lazily(checkpoint_files: Iterable[str]) -> dict[str, Any]:
+    """All tensors of a checkpoint by name; of safetensors files only the headers are read."""
+    tensors: dict[str, Any] = {}
     for file in checkpoint_files:
-        with safe_open(file, framework="pt") as pointer:
-            tensors.update({name: _OwnedSlice(file, name) for name in pointer.keys()})
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as pointer:
+                for name in pointer.keys():
+                    tensors[name] = StoredTensor(file, name, pointer.get_slice(name).get_shape())
+        else:
+            tensors.update(load_state_dict(file, weights_only=True))
     return tensors
+
+
+def checkpoint_files(
+    name: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **hub_arguments
+) -> list[str]:
+    """The files of a checkpoint's weights, as [`~PreTrainedModel.from_pretrained`] finds them; none under other names."""
+    safe = [] if use_safetensors is False else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    for file_name in [*safe, *([] if use_safetensors else [WEIGHTS_NAME, WEIGHTS_INDEX_NAME])]:
+        stem, extension = file_name.rsplit(".", 1)
+        try:
+            file: Any = cached_file(name, ".".join(filter(None, (stem, variant, extension))), **hub_arguments)
+        except OSError:
+            continue
+        return [file] if ".index." not in file_name else get_checkpoint_shard_files(name, file, **hub_arguments)[0]
+    return []
 
 
 def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None) -> dict[str, torch.Tensor]:
@@ -257,118 +269,188 @@ def expert_names(stacked: str, num_experts: int) -> list[str]:
     return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
 
 
-def _raise_on_problems(
-    model: PreTrainedModel, loading_info, present: set[str], source, ignore_mismatched: bool
-) -> None:
-    """Fail, with every name, where Transformers would go on with random weights."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = {
-        name for name in loading_info.missing_keys - tied if not any(pattern.search(name) for pattern in ignored)
-    }
-    mismatched = {item[0]: item[1:] for item in loading_info.mismatched_keys}
-    failed = dict(loading_info.conversion_errors)
-    for name in [n for n in (*missing, *mismatched, *failed) if ".experts." in n]:
-        wanted = expert_names(name, model.config.get_text_config().num_experts)
-        # A base model is saved without `model.` in front.
-        absent = [w for w in wanted if not {w, f"model.{w}", w.removeprefix("model.")} & present]
-        if absent:
-            missing = missing - {name} | set(absent)
-            mismatched.pop(name, None)
-            failed.pop(name, None)
-    for name, module in model.named_modules():
-        # Transformers compares shapes before it quantises, and only of what it does not quantise.
-        if (found := quantized_shape(module)) is not None and found != (module.out_features, module.in_features):
-            mismatched[f"{name}.weight"] = (found, (module.out_features, module.in_features))
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing: {', '.join(sorted(missing))}")
-    if mismatched and not ignore_mismatched:
-        shapes = [
-            f"{name} is {tuple(found)} in the checkpoint but {tuple(expected)} in the model"
-            for name, (found, expected) in sorted(mismatched.items())
-        ]
-        problems.append(f"{len(shapes)} of another shape: {'; '.join(shapes)}")
-    if failed:
-        reasons = [f"{name} ({error.strip().splitlines()[-2]})" for name, error in sorted(failed.items())]
-        problems.append(f"{len(failed)} that cannot be put together: {'; '.join(reasons)}")
-    if problems:
-        raise ValueError(
-            f"The weights of `{source}` do not fit {type(model).__name__}. Weights "
-            + ". Weights ".join(problems)
-            + "."
-        )
-
-
-def _operations(conversion: WeightTransform) -> list[ConversionOps]:
-    return getattr(conversion, "operations", [])
-
-
-def load_published_checkpoint(
-    load: Callable, model: PreTrainedModel, state_dict, checkpoint_files, load_config, **kwargs
-):
+def expected_shapes(model: PreTrainedModel, present: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """
-    What [`PreTrainedModel._load_pretrained_model`] does, and besides: published names are understood, a missing vision
-    tower is fetched from where the configuration says, and weights that are missing or of another shape are an error.
+    Native name and shape of every tensor that a complete checkpoint has on disk.
 
     Args:
-        load: that method of the parent class; the other arguments and the result are its own.
+        model (`PreTrainedModel`): on `meta`.
+        present (`Iterable[str]`): native names that are there: experts that were quantised are stored stacked.
+    """
+    present = set(present)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        if ".experts." in name and name not in present:
+            parts = expert_names(name, model.config.get_text_config().num_experts)
+            shapes.update(dict.fromkeys(parts, (tensor.shape[0] // len(parts), tensor.shape[1])))
+        else:
+            shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def check_weights(
+    model: PreTrainedModel, tensors: Mapping[str, Any], source: Any, ignore_mismatched_sizes: bool = False
+) -> set[str]:
+    """
+    Compare the names and shapes of a checkpoint with those of a model, where Transformers would go on with random weights.
+
+    Args:
+        model (`PreTrainedModel`): on `meta`.
+        tensors (`Mapping`): whatever has a shape, by native name.
+        source: the checkpoint's name, for messages.
+
+    Returns:
+        names that have no place in the model.
 
     Raises:
-        ValueError: listing every weight that is missing, of another shape, or not convertible; or if a GPU is too
-            small for all of them.
+        ValueError: listing every weight that is missing or of another shape. A vision tower may be missing as a whole.
     """
-    quantizer = load_config.hf_quantizer
-    source = load_config.pretrained_model_name_or_path
-    bits = bits_of(None if quantizer is None else quantizer.quantization_config)
-    check_device_memory(model, bits, load_config.device_map, source)
-    names = published_names(model.config)
-    # Tensors that the caller hands over are what they are: only files are held to be complete.
-    is_file = state_dict is None
-    is_quantized_now = quantizer is not None and not quantizer.pre_quantized
-    if not is_file:
-        tensors = state_dict
-    elif is_quantized_now and all(file.endswith(".safetensors") for file in checkpoint_files):
-        tensors = state_dict = read_one_by_one(checkpoint_files)
-    else:
-        tensors = read_lazily(checkpoint_files)
-    present = {to_native_name(name, names) for name in tensors}
-    marks = sorted(name for name in present if _QUANTIZED_NAME.search(name))
-    if marks and (quantizer is None or not quantizer.pre_quantized):
+    # A base model is saved without `model.` in front.
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        is_blockwise = f"{name}.absmax" in tensors  # two weights of 4 bits are a byte, all in one column of any dtype
+        shape = (tensor.shape[0] * tensor.dtype.itemsize, 1) if is_blockwise else tuple(tensor.shape)
+        found[name.removeprefix("model.")] = shape
+    expected = {n.removeprefix("model."): shape for n, shape in expected_shapes(model, tensors).items()}
+    has_tower = any(name.startswith(_VISION_TOWER) for name in found)
+    missing = [n for n in expected if n not in found and (has_tower or not n.startswith(_VISION_TOWER))]
+    mismatched = []
+    for name, shape in expected.items():
+        stored = (-(-torch.Size(shape).numel() // 2), 1) if f"{name}.absmax" in found else shape
+        if found.get(name, stored) != stored and not ignore_mismatched_sizes:
+            mismatched.append(f"{name} is {found[name]} in the checkpoint but {stored} in the model")
+    problems = [f"{len(missing)} missing: {', '.join(sorted(missing))}"] if missing else []
+    problems += [f"{len(mismatched)} of another shape: {'; '.join(sorted(mismatched))}"] if mismatched else []
+    if problems:
         raise ValueError(
-            f"`{source}` holds {len(marks)} scales of quantised weights, such as `{marks[0]}`, but its configuration has"
-            " no `quantization_config`."
+            f"The weights of `{source}` do not fit {type(model).__name__}. Weights {'. Weights '.join(problems)}."
         )
-    is_composite = model.config.get_text_config() is not model.config
-    if is_file and not checkpoint_files[0].endswith(".safetensors"):
-        state_dict = tensors  # read already, and once is enough
-    if is_file and is_composite and not any(_VISION_TOWER in name for name in present):
-        tower = load_vision_tower(model.config, source)
-        state_dict = {**tensors, **tower}
+    return found.keys() - expected.keys()
 
-    conversions = load_config.weight_mapping or []
-    renamings = [WeightRenaming(pattern, replacement) for pattern, replacement in names]
-    load_config = dataclasses.replace(load_config, weight_mapping=[*renamings, *conversions])
-    loading_info, offload_index = load(model, state_dict, checkpoint_files, load_config, **kwargs)
-    if quantizer is not None:
+
+class PublishedPreTrainedModel(PreTrainedModel):
+    """A model whose `from_pretrained` reads native and published checkpoints, and leaves no weight to chance."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        r"""
+        As [`~PreTrainedModel.from_pretrained`], for native and published checkpoints. Whatever `quantization_config`
+        asks for, [`KEPT_MODULES`] keep the model's dtype. A vision tower that is not in the checkpoint is fetched from
+        where the configuration says.
+
+        Raises:
+            ValueError: listing the weights that are missing or of another shape (none is ever left random); if the
+                checkpoint is quantised otherwise than asked for; or if the weights do not fit the device.
+            ImportError: if a quantiser is asked for that is not installed.
+            OSError: if there are no weights, or a file of them is damaged.
+        """
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        model: Any
+        info: dict[str, Any]
+        config, requested = kwargs.get("config"), kwargs.pop("quantization_config", None)
+        if not isinstance(config, PreTrainedConfig) and (name or config) is not None:
+            overrides = {key: value for key, value in kwargs.items() if key != "config"}
+            config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **overrides)
+        stored = stored_quantization(config) if isinstance(config, PreTrainedConfig) else None
+        requested = prepare_quantization(requested, stored, name)
+        if requested is not None:
+            kwargs["quantization_config"] = requested
+        if config is not None:
+            kwargs["key_mapping"] = {**dict(published_names(config)), **(kwargs.get("key_mapping") or {})}
+        adapter = None
+        try:
+            tensors = (
+                {} if name is None else cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)
+            )
+            if tensors:  # Transformers takes tensors or a name, and with them looks for nothing else
+                adapter = take_adapter(name, kwargs)
+                kwargs.update(state_dict=tensors, config=kwargs.get("config") or name)
+                if kwargs.get("generation_config") is None and cls.can_generate():
+                    kwargs["generation_config"] = _read_generation_config(name, kwargs)
+            model, info = super().from_pretrained(
+                None if tensors else name, *model_args, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, UnpicklingError, EOFError) as error:
+            raise OSError(f"The weights of `{name}` are damaged: {damaged_files(name) or error}") from error
+        if name is not None and info["missing_keys"]:
+            raise ValueError(f"Weights of `{name}` are missing: {', '.join(sorted(info['missing_keys']))}")
+        if tensors:
+            model.config.name_or_path = model.name_or_path = str(name)
         use_own_products(model)
-    # Saving writes the native layout, whatever was read, and experts one by one once they are dequantised.
-    used = {id(conversion) for conversion in model._weight_conversions}
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if isinstance(conversion, ExpertConverter)
-        or (id(conversion) in used and not any(hasattr(op, "hf_quantizer") for op in _operations(conversion)))
-    ]
-    if is_file:
-        _raise_on_problems(model, loading_info, present, source, load_config.ignore_mismatched_sizes)
-    return loading_info, offload_index
+        save_registered_names(model)
+        if adapter is not None:
+            model.load_adapter(**adapter)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_checkpoint(cls, config, name, model_args, kwargs, quantization) -> dict[str, Any]:
+        """
+        Look at the headers of a checkpoint's files, and at the device.
+
+        Returns:
+            the checkpoint's tensors, where Transformers is to be given them instead of its name: with a vision tower from
+            elsewhere; to be quantised, without mapping all of them into memory; or because they are read already. The
+            values of safetensors files are read when they are used.
+        """
+        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        options = {key: kwargs.get(key) for key in ("variant", "use_safetensors")}
+        files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **hub_arguments)
+        tensors = read_lazily(files)
+        if not tensors:
+            return {}
+        names = list(kwargs["key_mapping"].items())
+        native = {to_native_name(stored, names): tensor for stored, tensor in tensors.items()}
+        marks = sorted(filter(_QUANTIZED_NAME.search, native))
+        if marks and quantization is None:
+            raise ValueError(
+                f"`{name}` holds {len(marks)} scales of quantised weights, such as `{marks[0]}`, but its configuration has"
+                " no `quantization_config`."
+            )
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+        dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        with torch.device("meta"):
+            model: Any = cls(config, *model_args)
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        check_device_memory(model, bits_of(quantization), kwargs.get("device_map"), name)
+        check_weights(model, native, name, kwargs.get("ignore_mismatched_sizes", False))
+        lacks_tower = hasattr(config, "vision_config") and not any(_VISION_TOWER in stored for stored in native)
+        if lacks_tower:
+            tensors.update(load_vision_tower(config, name))
+        is_quantized_now = quantization is not None and not marks
+        is_read = not files[0].endswith(".safetensors")
+        return tensors if lacks_tower or is_quantized_now or is_read else {}
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""
+        return super().get_memory_footprint(return_buffers) + scale_bytes(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """As [`~PreTrainedModel.dequantize`]; to the dtype of the weights that are not quantised, unless told."""
+        dtype = dtype or self.dtype
+        quantizer = getattr(self, "hf_quantizer", None)
+        if getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False):
+            dequantize_4bit_layers(self, dtype)
+            quantizer.remove_quantization_config(self)
+            return self
+        return super().dequantize(dtype)
+
+
+def _read_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    except OSError:
+        return None
 
 
 __all__ = [
+    "PublishedPreTrainedModel",
+    "check_weights",
+    "checkpoint_files",
     "damaged_files",
+    "expected_shapes",
     "expert_names",
-    "load_published_checkpoint",
     "load_vision_tower",
     "published_names",
     "read_lazily",

@@ -20,7 +20,7 @@ from . import TINY, __version__
 from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, context_metadata
-from .convert import convert_checkpoint, weight_files
+from .convert import convert_checkpoint
 from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
@@ -243,7 +243,7 @@ def chat(arguments: argparse.Namespace) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     folder = convert_checkpoint(arguments.source, arguments.destination, to=arguments.to)
-    files = weight_files(folder)
+    files = list(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{folder}: {arguments.to} layout, {len(files)} files of weights, {size / 1e6:.1f} MB")
 

@@ -12,6 +12,10 @@ is not public in them. Neither is named in any other file.
 | `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks into a model's source file | all | experts have a file of their own | none |
 | `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
 | `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
+| `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
+| `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
+| `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
+| `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
 | `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
 | `TorchDispatchMode`, `tree_leaves` | torch's `utils._python_dispatch`, `utils._pytree` | all | to count allocations | none |
@@ -27,12 +31,15 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -100,6 +107,43 @@ def execution_device(module: nn.Module) -> torch.device:
             if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)
     return next((x.device for x in module.parameters()), torch.device("cpu"))
+
+
+def move_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give what accelerate hung on a module to the one that takes its place."""
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        add_hook_to_module(new, hook)
+
+
+class LazyWeightConverter(WeightConverter):
+    """
+    Hands its operation tensors that are not read yet, and leaves quantising to it: its attribute `quantize_op` is set to
+    what the quantiser would do. The inverse operation has no such attribute, and is called as any other.
+    """
+
+    __slots__ = ()
+
+    def materialize_tensors(self):
+        operation: Any = self.operations[0]
+        if not hasattr(operation, "quantize_op"):
+            return super().materialize_tensors()
+        collected = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+        operation.quantize_op, self.quantization_operation = self.quantization_operation, None
+        return collected
+
+
+def save_registered_names(model: Any) -> None:
+    """Forget by which names a checkpoint was read, so that a model is saved by the registered ones."""
+    model._weight_conversions = None
+
+
+def take_adapter(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Take what `from_pretrained` was told of an adapter out of its arguments; as arguments of `load_adapter`."""
+    options = dict(kwargs.pop("adapter_kwargs", None) or {})
+    adapter_name, path = kwargs.pop("adapter_name", "default"), options.pop("_adapter_model_path", None)
+    if path is None and is_peft_available() and find_adapter_config_file(name, **options) is not None:
+        path = name
+    return None if path is None else {"peft_model_id": path, "adapter_name": adapter_name, "adapter_kwargs": options}
 
 
 def experts_implementation(config: Any) -> str | None:
@@ -173,6 +217,7 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 __all__ = [
     "CACHE",
+    "LazyWeightConverter",
     "OutputRecorder",
     "SettableExperts",
     "StackedExperts",
@@ -188,8 +233,11 @@ __all__ = [
     "int8_matmul_cpu",
     "merge_processor_kwargs",
     "merge_with_config_defaults",
+    "move_hook",
     "recurrent_states",
+    "save_registered_names",
     "should_convert_module",
+    "take_adapter",
     "take_cache",
     "tree_leaves",
 ]

@@ -5,17 +5,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModel
 from transformers.utils import logging
 
 from .checkpoint_longllava import (
+    check_weights,
+    checkpoint_files,
     damaged_files,
-    expert_names,
     load_vision_tower,
     published_names,
     read_lazily,
@@ -33,78 +36,29 @@ _PROGRESS_FILE = "conversion.json"
 _TOWER_FOLDER = "vision_tower"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """
-    The files that hold a checkpoint's weights.
-
-    Raises:
-        OSError: if there are none, or one that an index names is not there.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            absent = [shard for shard in names if not (folder / shard).is_file()]
-            if absent:
-                raise OSError(
-                    f"`{index}` names {len(names)} files, of which {len(absent)} are missing: {', '.join(absent)}"
-                )
-            return [folder / shard for shard in names]
-        if (folder / name).is_file():
-            return [folder / name]
-    raise OSError(
-        f"`{folder}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either."
-    )
-
-
-def expected_shapes(config: LongLLaVAConfig) -> dict[str, tuple[int, ...]]:
-    """Native name and shape of every tensor that a complete checkpoint has on disk."""
-    with torch.device("meta"):
-        model = LongLLaVAForConditionalGeneration(config)
-    tied = set(model.all_tied_weights_keys)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        if ".experts." in name:
-            parts = expert_names(name, config.get_text_config().num_experts)
-            shapes.update(dict.fromkeys(parts, (tensor.shape[0] // len(parts), tensor.shape[1])))
-        else:
-            shapes[name] = tuple(tensor.shape)
-    return shapes
-
-
 def _write_json(file: Path, content: dict) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, file)
 
 
-def _check(source: str, files: list[Path], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
+def _read_headers(source: str, files: list[str], config: LongLLaVAConfig) -> bool:
     """Whether the vision tower is there; everything else must be. Reads no more than the files' headers."""
+    if not files:
+        raise OSError(
+            f"`{source}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either."
+        )
+    names = published_names(config)
     try:
-        tensors = read_lazily(map(str, files))
-    except Exception as error:
-        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(files[0].parent) or error}") from error
-    found = {}
-    for name, tensor in tensors.items():
-        shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
-        found[to_native_name(name, names)] = tuple(shape)
-    expected = expected_shapes(config)
-    has_tower = any("vision_tower." in name for name in found)
-    missing = [n for n in expected if n not in found and (has_tower or "vision_tower." not in n)]
-    wrong = [
-        f"{n} is {found[n]} in the checkpoint but {shape} in the model"
-        for n, shape in expected.items()
-        if n in found and found[n] != shape
-    ]
-    if missing:
-        raise ValueError(f"The checkpoint `{source}` lacks {len(missing)} weights: {', '.join(sorted(missing))}")
-    if wrong:
-        raise ValueError(f"The checkpoint `{source}` has {len(wrong)} weights of another shape: {'; '.join(wrong)}")
-    if unexpected := sorted(found.keys() - expected.keys()):
+        found = {to_native_name(name, names): tensor for name, tensor in read_lazily(files).items()}
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        folder = os.path.dirname(files[0])
+        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(folder) or error}") from error
+    with torch.device("meta"):
+        model = LongLLaVAForConditionalGeneration(config)
+    if unexpected := sorted(check_weights(model, found, source)):
         logger.warning(f"{len(unexpected)} weights have no place in the model, and are kept as they are: {unexpected}")
-    return has_tower
+    return any("vision_tower." in name for name in found)
 
 
 def convert_checkpoint(source: str, destination: str, to: Literal["native", "published"] = "native") -> Path:
@@ -133,9 +87,9 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
         raise FileExistsError(f"The destination `{target}` exists already.")
     folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(source))
     config = LongLLaVAConfig.from_pretrained(folder)
-    files = weight_files(folder)
+    files = [Path(file) for file in checkpoint_files(folder)]
+    has_tower = _read_headers(source, [str(file) for file in files], config)
     names = published_names(config)
-    has_tower = _check(source, files, config, names)
 
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -204,7 +158,7 @@ def _write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: st
 def _write_tower(partial: Path, config: LongLLaVAConfig) -> None:
     names = published_names(config)
     prefix = "model.vision_tower."
-    tensors = {to_native_name(n, names): t for n, t in read_lazily(map(str, weight_files(partial))).items()}
+    tensors = {to_native_name(n, names): t for n, t in read_lazily(checkpoint_files(partial)).items()}
     tower = AutoModel.from_config(config.vision_config)
     weights = {n.removeprefix(prefix): t[...] for n, t in tensors.items() if n.startswith(prefix)}
     tower.load_state_dict(weights)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .bitsandbytes_longllava import BlockwiseWeight, int8_parts, is_blockwise, recomputed_linear
+from .bitsandbytes_longllava import BlockwiseWeight, RecomputedLinear, int8_parts, is_blockwise
 from .compat_longllava import StackedExperts, experts_implementation, has_forward_pre_hooks
 from .configuration_longllava import LongLLaVATextConfig
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
@@ -81,7 +81,7 @@ class ExpertWeights:
         """`(tokens, columns)` to `(tokens, rows)` through one expert, or some rows of it."""
         if isinstance(self.weight, BlockwiseWeight):
             dtype = hidden_states.dtype
-            output = recomputed_linear(hidden_states, lambda: self.matrix(expert, dtype)[rows])
+            output = RecomputedLinear.apply(hidden_states, lambda: self.matrix(expert, dtype)[rows])
         else:
             scale = None if self.scale is None else self.scale[expert, rows]
             output = scaled_linear(hidden_states, self.weight[expert, rows], scale)

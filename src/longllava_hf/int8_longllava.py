@@ -350,18 +350,18 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     Args:
         model (`nn.Module`): on `meta`.
         quantization (`str`, *optional*): what [`bits_of`] says.
-        device_map (`dict`, *optional*): where `from_pretrained` puts the modules; nothing is said of more than one device.
+        device_map (`dict`, `str`, `int` or `torch.device`, *optional*): as for `from_pretrained`; nothing is said of more
+            than one device.
         source: the checkpoint's name, for messages.
 
     Raises:
         ValueError: with the bytes needed, found, and needed in fewer bits.
     """
-    devices = {
-        torch.device(f"cuda:{d}" if isinstance(d, int) else d) for d in (device_map or {}).values() if d != "disk"
-    }
-    if len(devices) != 1 or quantization is None or next(iter(devices)).type != "cuda":
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    devices = {torch.device("cuda", d) if isinstance(d, int) else d for d in places - {None, "disk"}}
+    if len(devices) != 1 or quantization is None or not str(*devices).startswith("cuda"):
         return
-    (device,) = devices
+    device = torch.device(*devices)
     free, _ = torch.cuda.mem_get_info(device)
     needed = sum(weight_bytes(model, quantization).values())
     if needed <= free:

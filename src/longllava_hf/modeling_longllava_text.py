@@ -6,15 +6,12 @@ into forward passes over one cache, and any padding, gives the logits of a singl
 
 import math
 from collections.abc import Callable
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -34,10 +31,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .bitsandbytes_longllava import dequantize_4bit_layers, scale_bytes
 from .cache_longllava import LongLLaVACache
 from .causal_conv1d_longllava import causal_conv1d, sequence_starts
-from .checkpoint_longllava import damaged_files, load_published_checkpoint
+from .checkpoint_longllava import PublishedPreTrainedModel
 from .compat_longllava import (
     CACHE,
     OutputRecorder,
@@ -54,12 +50,8 @@ from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
 from .generation_longllava import LongLLaVAGenerationMixin
 from .grouped_linear_longllava import planned_device
-from .int8_longllava import LongLLaVAInt8Linear, prepare_quantization, stored_quantization
+from .int8_longllava import LongLLaVAInt8Linear
 from .selective_scan_longllava import selective_scan
-
-
-# What says where a configuration comes from.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class Padding(NamedTuple):
@@ -308,13 +300,13 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         has_experts = config.layers_num_experts[layer_idx] > 1
         self.layer_type = config.layer_types[layer_idx]
+        self.input_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_ff_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else JambaMLP(config)
         if self.layer_type == "full_attention":
             self.self_attn = LongLLaVAAttention(config, layer_idx)  # type: ignore[arg-type]
         else:
             self.mamba = LongLLaVAMambaMixer(config, layer_idx)
-        self.feed_forward = LongLLaVASparseMoeBlock(config) if has_experts else JambaMLP(config)
-        self.input_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.pre_ff_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -333,7 +325,7 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
 
 
-class LongLLaVATextPreTrainedModel(SettableExperts, PreTrainedModel):
+class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
     config: LongLLaVATextConfig
     base_model_prefix = "model"
     input_modalities = ("text",)
@@ -373,54 +365,6 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PreTrainedModel):
             init.copy_(module.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))
         elif isinstance(module, LongLLaVATopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        r"""
-        As [`~PreTrainedModel.from_pretrained`], for native and published checkpoints. Whatever `quantization_config`
-        asks for, [`KEPT_MODULES`] keep the model's dtype.
-
-        Raises:
-            ValueError: listing the weights that are missing or of another shape (none is ever left random); if the
-                checkpoint is quantised otherwise than asked for; or if the weights do not fit the device.
-            ImportError: if a quantiser is asked for that is not installed.
-            OSError: if there are no weights, or a file of them is damaged.
-        """
-        requested = kwargs.get("quantization_config")
-        config = kwargs.get("config")
-        if config is None and pretrained_model_name_or_path is not None:
-            own = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **own)
-        stored = stored_quantization(config) if isinstance(config, PreTrainedConfig) else None
-        requested = prepare_quantization(requested, stored, pretrained_model_name_or_path)
-        if requested is not None:
-            kwargs["quantization_config"] = requested
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except (SafetensorError, UnpicklingError, EOFError) as error:
-            damaged = damaged_files(pretrained_model_name_or_path)
-            raise OSError(
-                f"The weights of `{pretrained_model_name_or_path}` are damaged: {damaged or error}"
-            ) from error
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""
-        return super().get_memory_footprint(return_buffers) + scale_bytes(self)
-
-    def dequantize(self, dtype: torch.dtype | None = None):
-        """As [`~PreTrainedModel.dequantize`]; to the dtype of the weights that are not quantised, unless told."""
-        dtype = dtype or self.dtype
-        quantizer = getattr(self, "hf_quantizer", None)
-        if getattr(getattr(quantizer, "quantization_config", None), "load_in_4bit", False):
-            dequantize_4bit_layers(self, dtype)
-            quantizer.remove_quantization_config(self)
-            return self
-        return super().dequantize(dtype)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
-        load = PreTrainedModel._load_pretrained_model
-        return load_published_checkpoint(load, model, state_dict, checkpoint_files, load_config, **kwargs)
 
 
 def positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
