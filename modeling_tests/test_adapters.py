@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
-from longllava_hf import LongLLaVAForConditionalGeneration
+from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
 
 from .conftest import small_config
 from .test_context_properties import build
@@ -82,3 +83,23 @@ def test_a_prefix_is_refused_by_mamba_layers():
     model = peft.get_peft_model(fresh(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="prefix tuning"):
         model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_folder_of_an_adapter(tmp_path, quantized):
+    """Through the Auto class, which reads the base model that the folder names."""
+    fresh().save_pretrained(tmp_path / "base")
+    base = LongLLaVAForConditionalGeneration.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    options = {"quantization_config": LongLLaVAInt8Config()} if quantized else {}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", **options)
+    except ImportError as error:  # never a model without its adapter
+        assert "PEFT" in str(error).upper()
+        pytest.skip("this release of Transformers wants a newer PEFT")
+    plain = LongLLaVAForConditionalGeneration.from_pretrained(tmp_path / "base", **options)
+    with torch.no_grad():
+        assert (model(**INPUTS).logits - plain(**INPUTS).logits).abs().max() > 1e-3
+        if not quantized:
+            torch.testing.assert_close(model(**INPUTS).logits, base(**INPUTS).logits)

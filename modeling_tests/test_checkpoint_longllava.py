@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
 from longllava_hf import convert as convert_module
 from longllava_hf.checkpoint_longllava import expected_shapes, published_names, to_native_name, to_published_name
 from longllava_hf.convert import convert_checkpoint
@@ -91,6 +91,36 @@ def test_tower_from_where_the_configuration_says(published_copy):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert same_weights(load(folder), expected)
+
+
+def test_what_is_beside_the_weights_is_read_too(published_copy):
+    """Also where Transformers is given tensors in place of a name."""
+    folder = published_copy()
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True).save_pretrained(folder)
+    for options in ({}, {"quantization_config": LongLLaVAInt8Config()}):
+        model = load(folder, **options)
+        assert model.generation_config.max_new_tokens == 7
+        assert model.name_or_path == model.config.name_or_path == str(folder)
+        assert load(folder, generation_config=GenerationConfig(top_k=3), **options).generation_config.top_k == 3
+
+
+def test_names_of_the_callers_own(published_copy):
+    folder = published_copy()
+    expected = load(folder)
+    edit(folder, lambda tensors: tensors.update({"head": tensors.pop("lm_head.weight")}))
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+        load(folder)
+    assert same_weights(load(folder, key_mapping={"^head$": "lm_head.weight"}), expected)
+
+
+def test_overrides_of_the_configuration(published_copy):
+    folder = published_copy()
+    model = load(folder, vision_batch_size=3, dtype=torch.bfloat16)
+    assert model.config.vision_batch_size == 3 and model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"missing: .*multi_modal_projector\.linear_1\.bias"):
+        edit(folder, lambda tensors: tensors.pop("model.mm_projector.0.bias"))
+        load(folder, dtype="auto")
 
 
 def test_a_tower_of_another_shape_is_an_error(published_copy):

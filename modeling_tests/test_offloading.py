@@ -33,7 +33,12 @@ def test_offloaded(small_model, tmp_path, how):
     expected = small_model(WITH_PICTURES, pixel_values=PICTURES).logits
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     said = torch.stack(small_model.generate(WITH_PICTURES, pixel_values=PICTURES, **options).logits)
-    model = offload(small_model, how, tmp_path)
+    try:
+        model = offload(small_model, how, tmp_path)
+    except ValueError as error:
+        if "offload the whole model to the disk" not in str(error):
+            raise
+        pytest.skip("this release of accelerate does not")
     torch.testing.assert_close(model(WITH_PICTURES, pixel_values=PICTURES).logits, expected)
     output = model.generate(WITH_PICTURES, pixel_values=PICTURES, **options)
     torch.testing.assert_close(torch.stack(output.logits), said, rtol=1e-4, atol=1e-4)

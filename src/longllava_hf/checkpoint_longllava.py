@@ -351,7 +351,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
         info: dict[str, Any]
         config, requested = kwargs.get("config"), kwargs.pop("quantization_config", None)
         if not isinstance(config, PreTrainedConfig) and (name or config) is not None:
-            overrides = {key: value for key, value in kwargs.items() if key != "config"}
+            overrides = {key: value for key, value in kwargs.items() if key not in ("config", "dtype", "torch_dtype")}
             config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **overrides)
         stored = stored_quantization(config) if isinstance(config, PreTrainedConfig) else None
         requested = prepare_quantization(requested, stored, name)

@@ -45,10 +45,12 @@ class LongLLaVAModelOutputWithPast(BaseModelOutputWithPast):
         with `output_router_logits=True`.
     image_hidden_states (`torch.Tensor`, *optional*): the image tokens that went into the decoder,
         `(image tokens, hidden_size)`.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*): what [`~LongLLaVAModel.get_image_features`] returns.
     """
 
     router_logits: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -56,10 +58,11 @@ class LongLLaVACausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
     What a decoder returns (`loss` includes the load-balancing loss `aux_loss`, if there is one), and:
 
-    image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*).
+    image_hidden_states, image_outputs: as in [`LongLLaVAModelOutputWithPast`].
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 def pool_patches(patches: torch.Tensor, mode: str) -> torch.Tensor:
@@ -291,6 +294,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None),
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
             **as_cache(get_cache(outputs)),
         )
 
@@ -299,7 +303,6 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
     """LongLLaVA with its language-modelling head: pictures and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: LongLLaVAConfig):
         super().__init__(config)
@@ -380,6 +383,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
         return LongLLaVACausalLMOutputWithPast(
             **language_modeling_outputs(self, outputs, logits_to_keep, labels, attention_mask, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 

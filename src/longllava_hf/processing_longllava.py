@@ -147,8 +147,6 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     image_token = "<image>"
     video_token = "<video>"
-    # The image processor has made tensors of it, or something that is none yet.
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames: int = DEFAULT_NUM_FRAMES):
         tokenizer = add_image_token(tokenizer, self.image_token)
@@ -198,9 +196,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             "image_seq_length": config.image_seq_length,
         }
 
-    def __call__(
-        self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[ProcessingKwargs]
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """
         As [`~ProcessorMixin.__call__`]. A video's frames are pictures to the model, so pictures and videos go through the
         image processor together, in reading order.
@@ -209,7 +205,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             ValueError: where nothing is given, where placeholders and pictures or videos differ in number, and where
                 truncation would cut into the tokens of a picture.
         """
-        if audio is not None:
+        if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]
             raise ValueError("LongLLaVA has no audio input, but `audio` was given.")
         items, prompts = self._in_reading_order(images, text, videos, dict(kwargs))
         if prompts is None and not items:
@@ -222,10 +218,11 @@ class LongLLaVAProcessor(ProcessorMixin):
             replacements = self._replacements(items, image_inputs.get("image_grids"), per_tile)
             prompts, spans = self.get_text_with_replacements(prompts, *replacements)
             text_inputs = self._tokenize(prompts, spans, settings)
-        data = {**text_inputs, **image_inputs}
-        data = {name: value for name, value in data.items() if name not in self.unused_input_names}
         return_tensors = settings["text_kwargs"].get("return_tensors")
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        data = BatchFeature(text_inputs, return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        # Of which the image processor has made tensors, or something that is none yet.
+        data.update({name: x for name, x in image_inputs.items() if name not in self.unused_input_names})
+        return data
 
     def _in_reading_order(self, images, text, videos, kwargs: dict) -> tuple[list, list[str] | None]:
         """Pictures and videos in the order of their placeholders. Raises `ValueError` where the counts differ."""
@@ -389,9 +386,9 @@ class LongLLaVAProcessor(ProcessorMixin):
         conversation = getattr(conversation, "messages", conversation)
         if not isinstance(conversation, (list, tuple)) or len(conversation) == 0:
             raise ValueError(f"A conversation must be a list of at least 1 message, but it is {conversation!r}.")
-        if not isinstance(conversation[0], dict):
+        if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
             return [self._checked(one) for one in conversation]
-        messages = []
+        messages, conversation = [], [_as_dict(message) for message in conversation]
         for index, message in enumerate(conversation):
             name = f"Message {index}"
             role = message.get("role")
@@ -408,7 +405,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             if isinstance(content, str):
                 self._check_text(content, name)
             elif isinstance(content, (list, tuple)):
-                content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in enumerate(content)]
+                blocks = enumerate(map(_as_dict, content))
+                content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in blocks]
             else:
                 raise ValueError(f"{name} must have a string or a list of blocks as content, but it is {content!r}.")
             messages.append({**message, "content": content})
@@ -441,6 +439,13 @@ class LongLLaVAProcessor(ProcessorMixin):
                     f"{name} has `{token}` in its text, which stands for a picture or video. Give those as blocks of"
                     f" their own, {{'type': '{token[1:-1]}', ...}}, or write the word in another way."
                 )
+
+
+def _as_dict(item: Any) -> Any:
+    """A message or block as a dict, if it is an object with such attributes."""
+    if isinstance(item, dict) or not hasattr(item, "__dict__"):
+        return item
+    return {name: value for name, value in item.__dict__.items() if value is not None}
 
 
 def _tower_settings(tower: str) -> dict:
