@@ -2,7 +2,7 @@
 """Pictures and frames to tensors: decoding, the padding to a square, and CLIP's own preprocessing."""
 
 import base64
-import binascii
+import contextlib
 import io
 import math
 import os
@@ -62,7 +62,7 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
     """
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
-    text = os.fspath(source)
+    text = os.fspath(source).removeprefix("file://")
     if text.startswith(("http://", "https://")):
         try:
             response = get_session().get(text, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
@@ -70,19 +70,21 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
         except Exception as error:
             raise OSError(f"{describe_source(text)} could not be read: {error}") from error
         return io.BytesIO(response.content)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
     if os.path.isfile(text):
         return text
     if os.path.isdir(text):
         raise IsADirectoryError(f"{describe_source(text)} is a folder, but one file is wanted.")
-    if not text.startswith("data:") and (isinstance(source, os.PathLike) or len(text) < _SHORTEST_BASE64):
-        raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
-    payload = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
-    try:
-        return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
-    except (binascii.Error, ValueError):
-        raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.") from None
+    is_data = text.startswith("data:")
+    if is_data or (len(text) >= _SHORTEST_BASE64 and not isinstance(source, os.PathLike)):
+        payload = text.split(",", 1)[-1] if is_data else text
+        with contextlib.suppress(ValueError):
+            return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
+    raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
+
+
+def _check_not_empty(file: str | io.BytesIO, name: str) -> None:
+    if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
+        raise ValueError(f"{name} is empty: it has 0 bytes.")
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -105,8 +107,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
     """The picture in a file, its header read and its pixels not."""
     file = read_source(source)
-    if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
-        raise ValueError(f"{name} is empty: it has 0 bytes.")
+    _check_not_empty(file, name)
     try:
         image = Image.open(file)
     except Image.DecompressionBombError as error:
@@ -115,6 +116,10 @@ def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> I
         raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
     _check_size(*image.size, name)
     return image
+
+
+def _is_channels_last(picture: np.ndarray) -> bool:
+    return picture.ndim == 2 or picture.shape[-1] in (1, 3, 4)
 
 
 def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
@@ -127,8 +132,7 @@ def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
     picture = load_picture(source, name)
     if isinstance(picture, Image.Image):
         return picture.size[::-1]
-    is_channels_last = picture.ndim == 2 or picture.shape[-1] in (1, 3, 4)
-    return picture.shape[:2] if is_channels_last else picture.shape[1:]
+    return picture.shape[:2] if _is_channels_last(picture) else picture.shape[1:]
 
 
 def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
@@ -151,7 +155,7 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
     if isinstance(source, np.ndarray):
         if source.ndim not in (2, 3):
             raise ValueError(f"{name} must have 2 or 3 dimensions, but it has {source.ndim}: shape {source.shape}.")
-        height, width = source.shape[:2] if source.ndim == 2 or source.shape[-1] in (1, 3, 4) else source.shape[1:]
+        height, width = source.shape[:2] if _is_channels_last(source) else source.shape[1:]
         _check_size(width, height, name)
         return source
     if isinstance(source, Image.Image):
@@ -194,8 +198,7 @@ class VideoFile:
             raise ValueError(f"`fps` must be positive, but it is {fps}.")
         self.name = name or f"The video ({describe_source(source)})"
         file = read_source(source)
-        if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
-            raise ValueError(f"{self.name} is empty: it has 0 bytes.")
+        _check_not_empty(file, self.name)
         # What had to be fetched or decoded is kept, so that it is fetched once.
         self.source = file.getvalue() if isinstance(file, io.BytesIO) else file
         self._index(file)
@@ -272,10 +275,8 @@ class VideoFile:
             yield image
 
     def _damaged(self, done: int, error: Exception) -> ValueError:
-        reason = str(error) or "it ends early"
-        return ValueError(
-            f"{self.name} is damaged or truncated: {len(self)} frames were wanted, {done} could be read ({reason})."
-        )
+        counts = f"{len(self)} frames were wanted, {done} could be read"
+        return ValueError(f"{self.name} is damaged or truncated: {counts} ({str(error) or 'it ends early'}).")
 
     def _count_frames(self) -> Iterator:
         """The wanted frames, all before them being decoded too."""
@@ -445,10 +446,8 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         if picture.ndim == 2:
             picture = picture[None]
         data_format = settings["input_data_format"]
-        channels_last = data_format == ChannelDimension.LAST or (
-            data_format is None and picture.shape[-1] in (1, 3, 4)
-        )
-        picture = np.moveaxis(picture, -1, 0) if channels_last else picture
+        if data_format == ChannelDimension.LAST or (data_format is None and _is_channels_last(picture)):
+            picture = np.moveaxis(picture, -1, 0)
         if picture.shape[0] not in (1, 3, 4):
             raise ValueError(f"{name} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
         if picture.shape[0] != 3 and settings["do_convert_rgb"]:
@@ -501,32 +500,20 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             canvas = picture
         return np.asarray(canvas.resize((side, side), resample)).transpose(2, 0, 1)
 
-    def _resize_to_tile(self, image: np.ndarray, settings: dict) -> np.ndarray:
-        """An array padded to a square, if wanted, and resized."""
-        if settings["do_pad"]:
-            background: Any = tuple(int(x * 255) for x in settings["image_mean"] or (0,))
-            image = self.pad_to_square(image, background)
-        return self.resize(image, settings["size"], resample=settings["resample"]) if settings["do_resize"] else image
-
     def _tiles(
         self, source: Any, name: str, whole_only: bool, settings: dict
     ) -> tuple[list[np.ndarray], tuple[int, int]]:
         """A picture, then its sub-images, as the tower takes them; and the sub-images' rows and columns."""
         size, resample, mean = settings["size"], settings["resample"], settings["image_mean"]
-        picture = load_picture(source, name)
-        if (
-            isinstance(picture, Image.Image)
-            and settings["do_pad"]
-            and settings["do_resize"]
-            and size.shortest_edge
-            and not size.longest_edge
-            and isinstance(resample, int)
-            and mean is not None
-        ):
-            tiles = [self._fit_square(picture, size.shortest_edge, resample, tuple(int(x * 255) for x in mean))]
+        picture, grid = load_picture(source, name), (0, 0)
+        background: Any = tuple(int(x * 255) for x in mean or (0,))
+        is_usual = settings["do_pad"] and settings["do_resize"] and mean is not None and isinstance(resample, int)
+        if is_usual and isinstance(picture, Image.Image) and size.shortest_edge and not size.longest_edge:
+            tiles = [self._fit_square(picture, size.shortest_edge, resample, background)]
         else:
-            tiles = [self._resize_to_tile(self._to_array(picture, name, settings), settings)]
-        grid = (0, 0)
+            tile = self._to_array(picture, name, settings)
+            tile = self.pad_to_square(tile, background) if settings["do_pad"] else tile
+            tiles = [self.resize(tile, size, resample=resample) if settings["do_resize"] else tile]
         if settings["patch_strategy"] == "best_fit" and not whole_only:
             image, side = self._to_array(picture, name, settings), settings["crop_size"].height
             grid = self.best_grid(image.shape[1], image.shape[2], side, settings["image_grid_pinpoints"])
@@ -542,16 +529,14 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The settings of one call: those given, the rest from this processor. Raises where they make no sense."""
         validate_typed_dict(self.valid_kwargs, given)  # type: ignore[type-var]
-        settings: dict[str, Any] = {
-            name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__
-        }
+        names = self.valid_kwargs.__annotations__
+        settings: dict[str, Any] = {name: given.get(name, getattr(self, name, None)) for name in names}
         for name, to_square in (("size", settings["default_to_square"]), ("crop_size", True)):
             if settings[name] is not None:
                 sizes = get_size_dict(settings[name], default_to_square=to_square, param_name=name)
                 settings[name] = SizeDict(**sizes)
-        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_center_crop")
-        names += ("crop_size", "do_resize", "size", "resample")
-        validate_preprocess_arguments(**{name: settings[name] for name in names})
+        checked = "do_rescale rescale_factor do_normalize image_mean image_std do_center_crop crop_size do_resize size resample"
+        validate_preprocess_arguments(**{name: settings[name] for name in checked.split()})
         if settings["do_pad"] and settings["image_mean"] is not None:
             settings["do_convert_rgb"] = True  # the background has three channels
         return settings
@@ -573,36 +558,34 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         def process(number: int, source: Any, whole_only: bool) -> tuple[list[np.ndarray], tuple[int, int]]:
             return self._tiles(source, f"Image {number} ({describe_source(source)})", whole_only, settings)
 
-        data: dict[str, Any]
-        crop_size, has_grids = settings["crop_size"], settings["patch_strategy"] == "best_fit"
+        pixel_values: Any = []
+        grids: list[tuple[int, int]] = []
         if settings["lazy"]:
             if not settings["do_center_crop"]:
                 raise ValueError("`lazy=True` needs `do_center_crop=True`: sizes must be known before pictures are.")
-            grids = []
-            for number, (item, whole_only) in enumerate(items):
-                if isinstance(item, VideoFile) or whole_only or not has_grids:
-                    grids.append([(0, 0)] * (len(item) if isinstance(item, VideoFile) else 1))
-                else:
-                    size = picture_size(item, f"Image {number} ({describe_source(item)})")
-                    grids.append([self.best_grid(*size, crop_size.height, settings["image_grid_pinpoints"])])
-            counts = [sum(1 + rows * columns for rows, columns in grid) for grid in grids]
-            grids = [grid for item in grids for grid in item]
-            shape = (3, crop_size.height, crop_size.width)
-            data = {"pixel_values": LazyPixelValues(items, lambda *item: process(*item)[0], counts, shape)}
-            return_tensors = None
+            by_item = [self._grids(n, *item, settings) for n, item in enumerate(items)]
+            counts = [sum(1 + rows * columns for rows, columns in of_item) for of_item in by_item]
+            grids, return_tensors = list(chain.from_iterable(by_item)), None
+            shape = (3, settings["crop_size"].height, settings["crop_size"].width)
+            pixel_values = LazyPixelValues(items, lambda *item: process(*item)[0], counts, shape)
         else:
-            pixel_values: Any = []
-            grids = []
             done = ordered_map(lambda item: process(item[0], *item[1]), enumerate(_open_films(items)), _workers())
             for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
                 pixel_values.extend(tiles)
                 grids.append(grid)
             if len({tile.shape for tile in pixel_values}) == 1:
                 pixel_values = np.stack(pixel_values)
-            data = {"pixel_values": pixel_values}
-        if has_grids:
+        data = {"pixel_values": pixel_values}
+        if settings["patch_strategy"] == "best_fit":
             data["image_grids"] = np.array(grids)
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _grids(self, number: int, item: Any, whole_only: bool, settings: dict) -> list[tuple[int, int]]:
+        """Rows and columns of the sub-images of one picture, or of each frame of a film, before it is decoded."""
+        if isinstance(item, VideoFile) or whole_only or settings["patch_strategy"] != "best_fit":
+            return [(0, 0)] * (len(item) if isinstance(item, VideoFile) else 1)
+        size = picture_size(item, f"Image {number} ({describe_source(item)})")
+        return [self.best_grid(*size, settings["crop_size"].height, settings["image_grid_pinpoints"])]
 
 
 def _flatten(images) -> Iterator[tuple[Any, bool]]:

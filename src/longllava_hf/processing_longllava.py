@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
 
 from .compat_longllava import merge_processor_kwargs
 from .configuration_longllava import locate_vision_tower
-from .image_processing_longllava import (
-    Frames,
-    LongLLaVAImageProcessor,
-    LongLLaVAImageProcessorKwargs,
-    VideoFile,
-)
+from .image_processing_longllava import Frames, LongLLaVAImageProcessor, LongLLaVAImageProcessorKwargs, VideoFile
 
 
 logger = logging.get_logger(__name__)
@@ -48,53 +44,7 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 # The piece of Jamba's vocabulary that becomes the image token: reserved, and so never met in training.
 _RESERVED_PIECE = "<|reserved_0|>"
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{%- if not loop.first or loop.last or loop.nextitem['role'] != 'user' -%}
-{{- raise_exception("A message of the role 'system' must be the first one, and a 'user' must follow it.") -}}
-{%- elif message['content'] is not string and message['content'] | rejectattr('type', 'eq', 'text') | list -%}
-{{- raise_exception("A message of the role 'system' can only have text.") -}}
-{%- endif -%}
-{%- elif message['role'] == 'user' -%}
-{{- bos_token + '<|User|>\\n' -}}
-{%- if not loop.first and loop.previtem['role'] == 'system' -%}
-{%- set system = loop.previtem['content'] -%}
-{%- set system = system if system is string else system | map(attribute='text') | join -%}
-{{- system + '\\n\\n' if system -}}
-{%- endif -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for block in message['content'] -%}
-{%- if block['type'] == 'text' -%}
-{{- block['text'] -}}
-{%- else -%}
-{%- if not loop.first and loop.previtem['type'] == 'text' and loop.previtem['text'] and not loop.previtem['text'][-1].isspace() -%}
-{{- ' ' -}}
-{%- endif -%}
-{{- '<' + block['type'] + '>' -}}
-{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '\\n' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- bos_token + '<|Assistant|>\\n' -}}
-{%- generation -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for block in message['content'] -%}{{- block['text'] -}}{%- endfor -%}
-{%- endif -%}
-{{- eos_token if loop.last else '\\n' -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- raise_exception("Unknown role '" + message['role'] + "': LongLLaVA's chats have the roles 'system', 'user' and 'assistant'.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- bos_token + '<|Assistant|>\\n' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerFast, image_token: str) -> PreTrainedTokenizerFast:
@@ -140,9 +90,6 @@ class LongLLaVAProcessor(ProcessorMixin):
     is sampled by `num_frames` (uniformly) or `fps`. `pixel_values` holds all pictures and frames of the batch, in reading
     order; with `lazy=True` they are decoded when the model asks for them (see [`LazyPixelValues`]).
 
-    `processor.apply_chat_template(...)` takes the roles `system`, `user` and `assistant`. A system message is the first one
-    and has text alone; the text, a blank line, and then the content of the user's message that follows it are read as
-    one message of the user.
     """
 
     image_token = "<image>"
@@ -177,11 +124,9 @@ class LongLLaVAProcessor(ProcessorMixin):
         settings = processor_dict.get("image_processor")
         if settings is None:
             where = {name: value for name, value in hub_kwargs.items() if name not in ("force_download", "subfolder")}
-            name = os.path.join(hub_kwargs.get("subfolder", ""), IMAGE_PROCESSOR_NAME)
-            has_settings = has_file(folder, name, **where)
-            settings = (
-                LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)[0] if has_settings else {}
-            )
+            name, settings = os.path.join(hub_kwargs.get("subfolder", ""), IMAGE_PROCESSOR_NAME), {}
+            if has_file(folder, name, **where):
+                settings, _ = LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)
         if "image_seq_length" in settings:
             return settings
         config = AutoConfig.from_pretrained(folder, **hub_kwargs)
@@ -226,10 +171,8 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     def _in_reading_order(self, images, text, videos, kwargs: dict) -> tuple[list, list[str] | None]:
         """Pictures and videos in the order of their placeholders. Raises `ValueError` where the counts differ."""
-        if isinstance(text, str):
-            text = [text]
-        elif text is not None:
-            text = list(text)
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
             if not all(isinstance(sample, str) for sample in text):
                 raise ValueError("`text` must be a string or a list of strings.")
         pictures = _flatten_pictures(images)
@@ -252,10 +195,9 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     def _check_rows(self, images, text) -> None:
         """Pictures that come in one list for each prompt are those of that prompt."""
-        nested = isinstance(images, (list, tuple)) and all(
-            row is None or isinstance(row, (list, tuple)) for row in images
-        )
-        if text is None or not nested or len(images) != len(text) or len(text) < 2:
+        rows = images if isinstance(images, (list, tuple)) else [images]
+        is_nested = all(row is None or isinstance(row, (list, tuple)) for row in rows)
+        if text is None or not is_nested or len(rows) != len(text) or len(text) < 2:
             return
         for number, (row, sample) in enumerate(zip(images, text)):
             given, wanted = len(_flatten_pictures(row)), sample.count(self.image_token)
@@ -306,10 +248,8 @@ class LongLLaVAProcessor(ProcessorMixin):
     def _tokenize(self, prompts: list[str], spans: list, settings: dict) -> dict[str, Any]:
         """Token ids of the expanded prompts; `spans` says what was expanded."""
         text_kwargs = settings["text_kwargs"]
-        returns = {
-            name: text_kwargs.pop(name, settings.get(name))
-            for name in ("return_text_replacement_offsets", "return_mm_token_type_ids")
-        }
+        names = ("return_text_replacement_offsets", "return_mm_token_type_ids")
+        returns_spans, returns_types = (text_kwargs.pop(name, settings.get(name)) for name in names)
         inputs = dict(self.tokenizer(prompts, **text_kwargs))
         rows = [row if isinstance(row, list) else row.tolist() for row in inputs["input_ids"]]
         found = [row.count(self.image_token_id) for row in rows]
@@ -319,13 +259,13 @@ class LongLLaVAProcessor(ProcessorMixin):
                 f"The prompts have {wanted} tokens of pictures, and {found} of them are left in `input_ids`: truncation"
                 " must not cut into a picture. Give a larger `max_length`, or do not truncate."
             )
-        if returns["return_text_replacement_offsets"]:
+        if returns_spans:
             inputs["text_replacement_offsets"] = spans
         elif "offset_mapping" in inputs and spans:
             # Into the text as it was given: releases that do not ask for the replacements (before 5.2x) take them for
             # that when they mark what the assistant said.
             inputs["offset_mapping"] = [_before_replacement(*row) for row in zip(inputs["offset_mapping"], spans)]
-        if returns["return_mm_token_type_ids"]:
+        if returns_types:
             inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
         return inputs
 
@@ -394,13 +334,12 @@ class LongLLaVAProcessor(ProcessorMixin):
             role = message.get("role")
             if role not in ROLES:
                 raise ValueError(f"{name} has the role {role!r}, but it must be one of {list(ROLES)}.")
-            if role == "system":
-                following = conversation[index + 1].get("role") if index + 1 < len(conversation) else None
-                if index != 0 or following != "user":
-                    raise ValueError(
-                        f"{name} has the role 'system': it must be the first message, and the next one must have the role"
-                        f" 'user', but {following!r} is next."
-                    )
+            following = conversation[index + 1].get("role") if index + 1 < len(conversation) else None
+            if role == "system" and (index != 0 or following != "user"):
+                raise ValueError(
+                    f"{name} has the role 'system': it must be the first message, and the next one must have the role"
+                    f" 'user', but {following!r} is next."
+                )
             content = message.get("content")
             if isinstance(content, str):
                 self._check_text(content, name)
@@ -483,9 +422,7 @@ def _is_array(item: Any, ndim: int) -> bool:
 def _flatten_pictures(images) -> list:
     if images is None:
         return []
-    if isinstance(images, (list, tuple)):
-        return [picture for item in images for picture in _flatten_pictures(item)]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3):
         return [picture for item in images for picture in _flatten_pictures(item)]
     return [images]
 
