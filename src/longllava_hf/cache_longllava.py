@@ -27,15 +27,9 @@ from transformers.cache_utils import (
 
 
 _CHANGING = (
-    "update",
-    "update_conv_state",
-    "update_recurrent_state",
-    "crop",
-    "reorder_cache",
-    "batch_repeat_interleave",
-    "batch_select_indices",
-    "reset",
-)
+    "update", "update_conv_state", "update_recurrent_state", "crop", "reorder_cache", "batch_repeat_interleave",
+    "batch_select_indices", "reset",
+)  # fmt: skip
 
 
 def _counted(method: Callable) -> Callable:
@@ -152,15 +146,16 @@ class RecurrentLayer(LinearAttentionLayer):
         self._prepare(self.recurrent_states, state_idx)
         return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
+    def _rows(self) -> torch.Tensor:
+        return torch.arange(next((len(state) for state in layer_tensors(self).values()), 0))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """As [`DynamicLayer.batch_repeat_interleave`]."""
-        for state in list(layer_tensors(self).values())[:1]:
-            self.reorder_cache(torch.arange(len(state)).repeat_interleave(repeats))  # type: ignore[arg-type]
+        self.reorder_cache(self._rows().repeat_interleave(repeats))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """As [`DynamicLayer.batch_select_indices`]."""
-        for state in list(layer_tensors(self).values())[:1]:
-            self.reorder_cache(torch.arange(len(state))[indices.cpu()])  # type: ignore[arg-type]
+        self.reorder_cache(self._rows()[indices.cpu()])  # type: ignore[arg-type]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises `ValueError`: a recurrent state cannot be rolled back."""

@@ -42,26 +42,11 @@ _STRATEGY_TO_SELECT_FEATURE = {v: k for k, v in _SELECT_FEATURE_TO_STRATEGY.item
 
 # Keys of a published configuration that speak of the picture side, or of a Transformers release long gone.
 _PUBLISHED_ONLY_KEYS = {
-    "image_token_id",
-    "image_aspect_ratio",
-    "resamplePooling",
-    "use_mamba_kernels",
-    "calc_logits_for_entire_prompt",
-    "mamba_inner_layernorms",
-    "n_ctx",
-    "sliding_window",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "transformers_version",
-    "use_mm_proj",
-    "freeze_mm_mlp_adapter",
-    "tune_mm_mlp_adapter",
-    "architectures",
-    "auto_map",
-    "model_type",
-    "name_or_path",
-    "_name_or_path",
-}
+    "image_token_id", "image_aspect_ratio", "resamplePooling", "use_mamba_kernels", "calc_logits_for_entire_prompt",
+    "mamba_inner_layernorms", "n_ctx", "sliding_window", "tokenizer_model_max_length", "tokenizer_padding_side",
+    "transformers_version", "use_mm_proj", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "architectures", "auto_map",
+    "model_type", "name_or_path", "_name_or_path",
+}  # fmt: skip
 # Keys that `from_dict` adds to a configuration on behalf of the caller; they stay at the top.
 _CALLER_KEYS = ("attn_implementation", "experts_implementation", "output_attentions", "num_labels")
 
@@ -280,20 +265,12 @@ class LongLLaVAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.vision_config is None:
-            self.vision_config = dict(_DEFAULT_VISION_CONFIG)
-        if isinstance(self.vision_config, dict):
-            vision_config = {"model_type": "clip_vision_model", **self.vision_config}
-            self.vision_config = AutoConfig.for_model(**vision_config)
-        if self.text_config is None:
-            self.text_config = LongLLaVATextConfig()
-        if isinstance(self.text_config, dict):
-            text_config = {"model_type": LongLLaVATextConfig.model_type, **self.text_config}
-            if text_config["model_type"] == LongLLaVATextConfig.model_type:
-                text_config.pop("model_type")
-                self.text_config = LongLLaVATextConfig(**text_config)
-            else:
-                self.text_config = AutoConfig.for_model(**text_config)
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            vision_config = _DEFAULT_VISION_CONFIG if self.vision_config is None else self.vision_config
+            self.vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text_config = {"model_type": LongLLaVATextConfig.model_type, **(self.text_config or {})}
+            self.text_config = AutoConfig.for_model(**text_config)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         self.validate_decoder()  # here too, as what the validation after this raises is no `ValueError`
@@ -311,9 +288,8 @@ class LongLLaVAConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of the validation that `@strict` runs on every new configuration."""
         if self.pooling_mode == "2d" and self.vision_feature_select_strategy == "full":
-            raise ValueError(
-                '`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: a class token has no place on the patch map.'
-            )
+            needed = '`vision_feature_select_strategy="default"`: a class token has no place on the patch map.'
+            raise ValueError(f'`pooling_mode="2d"` needs {needed}')
         if self.vision_batch_size < 1:
             raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
 
@@ -387,13 +363,6 @@ def locate_vision_tower(name: str | None, folder: str | os.PathLike | None) -> s
     return DEFAULT_VISION_TOWER
 
 
-def _read_vision_config(tower: str) -> dict[str, Any]:
-    if tower == DEFAULT_VISION_TOWER:
-        return dict(_DEFAULT_VISION_CONFIG)
-    config = AutoConfig.from_pretrained(tower)
-    return getattr(config, "vision_config", config).to_dict()
-
-
 def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike | None = None) -> dict[str, Any]:
     """
     Translate the flat configuration of a published checkpoint.
@@ -424,6 +393,10 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     projector_type = translate("mm_projector_type", "mlp2x_gelu", {"mlp2x_gelu": "mlp2x_gelu", "linear": "linear"})
     translate("mm_patch_merge_type", "flat", {"flat": "flat"})
     tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
+    vision_config = dict(_DEFAULT_VISION_CONFIG)
+    if tower != DEFAULT_VISION_TOWER:
+        stored = AutoConfig.from_pretrained(tower)
+        vision_config = getattr(stored, "vision_config", stored).to_dict()
     # A folder is remembered as the checkpoint calls it; once the weights are in one place it is not looked up again.
     remembered = flat["mm_vision_tower"] if os.path.isdir(tower) else tower
 
@@ -438,7 +411,7 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
         "model_type": LongLLaVAConfig.model_type,
         "architectures": ["LongLLaVAForConditionalGeneration"],
         "text_config": text_config,
-        "vision_config": _read_vision_config(tower),
+        "vision_config": vision_config,
         "vision_tower": remembered,
         # Not the authors' key, who have no such id.
         "image_token_id": flat.get("image_token_id", LongLLaVAConfig.image_token_id),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, layer_tensors
+from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors
 from .compat_longllava import execution_device
 
 
@@ -29,19 +29,10 @@ _OLD_FORMAT = "longllava_cache"
 
 # Settings that change how a model computes, but not what.
 _RUNTIME_SETTINGS = {
-    "scan_implementation",
-    "vision_batch_size",
-    "vision_tower",
-    "use_cache",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "attention_dropout",
-    "initializer_range",
-    "patch_strategy",
-    "image_grid_pinpoints",
-    "text_config",
-    "vision_config",
-}
+    "scan_implementation", "vision_batch_size", "vision_tower", "use_cache", "output_router_logits",
+    "router_aux_loss_coef", "attention_dropout", "initializer_range", "patch_strategy", "image_grid_pinpoints",
+    "text_config", "vision_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,16 +40,16 @@ class ContextInputs:
     """
     What was read into a context.
 
-    input_ids (`torch.LongTensor` of shape `(batch, length)`).
+    input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): `None` where nothing was read.
     attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*): 0 for padding; `None` where there is none.
     image_hashes (`list[list[str]]`): for each row, a hash of the pixels of each of its pictures, as the tower saw them.
     changes: of the cache, when it had read this.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    image_hashes: list[list[str]]
-    changes: tuple[int, ...]
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    image_hashes: list[list[str]] = field(default_factory=list)
+    changes: tuple[int, ...] = ()
 
 
 def _changes(cache: Cache) -> tuple[int, ...]:
@@ -86,30 +77,18 @@ class LongLLaVAContext:
             raise ValueError(
                 "A context knows its tokens, but the cache already holds some: begin with an empty cache."
             )
-        self.cache = cache
-        self.image_token_id = image_token_id
-        self.metadata = metadata or {}
-        self._inputs: ContextInputs | None = None
+        self.cache, self.image_token_id, self.metadata = cache, image_token_id, metadata or {}
+        self._inputs = ContextInputs()
 
-    @property
-    def input_ids(self) -> torch.Tensor | None:
-        """The tokens it has read, `(batch, length)`; `None` where it has read nothing."""
-        return None if self._inputs is None else self._inputs.input_ids
-
-    @property
-    def attention_mask(self) -> torch.Tensor | None:
-        """0 for padding among them, `(batch, length)`; `None` where there is none."""
-        return None if self._inputs is None else self._inputs.attention_mask
-
-    @property
-    def image_hashes(self) -> list[list[str]]:
-        """For each row, a hash of the pixels of each of its pictures."""
-        return [] if self._inputs is None else self._inputs.image_hashes
+    # Each is replaced as a whole, so that an interruption leaves either what was or what is.
+    input_ids = property(lambda self: self._inputs.input_ids)
+    attention_mask = property(lambda self: self._inputs.attention_mask)
+    image_hashes = property(lambda self: self._inputs.image_hashes)
 
     @property
     def num_tokens(self) -> int:
         """How many tokens it has read, padding included."""
-        return 0 if self._inputs is None else self._inputs.input_ids.shape[1]
+        return 0 if self.input_ids is None else self.input_ids.shape[1]
 
     def __repr__(self) -> str:
         images = sum(map(len, self.image_hashes))
@@ -120,8 +99,7 @@ class LongLLaVAContext:
         Raises:
             ValueError: if the cache does not hold what was read through this context.
         """
-        is_in_step = is_empty(self.cache) if self._inputs is None else _changes(self.cache) == self._inputs.changes
-        if not is_in_step:
+        if not (is_empty(self.cache) if self.input_ids is None else _changes(self.cache) == self._inputs.changes):
             raise ValueError(
                 f"The cache of this context was changed by something else after the context had read {self.num_tokens}"
                 " tokens. Use `model.prefill` or `model.generate` with the context, and the context's own methods."
@@ -208,7 +186,7 @@ class LongLLaVAContext:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._inputs = None
+        self._inputs = ContextInputs()
         self.cache.reset()
         self.metadata = {}
 
@@ -229,27 +207,26 @@ class LongLLaVAContext:
             )
         if tokens_to_remove == 0:
             return
-        inputs: Any = self._inputs
-        ids, hashes = inputs.input_ids[:, :tokens_to_remove], []
-        for before, after, row in zip(inputs.input_ids, ids, inputs.image_hashes):
+        ids, mask, hashes = self.input_ids[:, :tokens_to_remove], self.attention_mask, []
+        for before, after, row in zip(self.input_ids, ids, self.image_hashes):
             tokens, left = (int((x == self.image_token_id).sum()) for x in (before, after))
             if left * len(row) % max(tokens, 1):
                 raise ValueError(f"Removing {-tokens_to_remove} tokens would leave part of a picture.")
             hashes.append(row[: left * len(row) // max(tokens, 1)])
-        mask = None if inputs.attention_mask is None else inputs.attention_mask[:, :tokens_to_remove]
+        mask = None if mask is None else mask[:, :tokens_to_remove]
         self.cache.crop(tokens_to_remove)
         self._inputs = ContextInputs(ids, mask, hashes, _changes(self.cache))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take these rows, in this order, as [`Cache.reorder_cache`]; a row may be taken several times or not at all."""
         self.check_unchanged()
-        if self._inputs is None:
+        if self.input_ids is None:
             return
-        ids, mask, hashes = self._inputs.input_ids, self._inputs.attention_mask, self._inputs.image_hashes
-        index = beam_idx.to(ids.device)
+        index, mask = beam_idx.to(self.input_ids.device), self.attention_mask
         self.cache.reorder_cache(beam_idx)
+        hashes = [self.image_hashes[i] for i in index.tolist()]
         mask = None if mask is None else mask[index]
-        self._inputs = ContextInputs(ids[index], mask, [hashes[i] for i in index.tolist()], _changes(self.cache))
+        self._inputs = ContextInputs(self.input_ids[index], mask, hashes, _changes(self.cache))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, as [`Cache.batch_repeat_interleave`]."""
@@ -282,7 +259,7 @@ class LongLLaVAContext:
             ValueError: if there is nothing in it, or its cache was changed by something else.
         """
         self.check_unchanged()
-        if self._inputs is None:
+        if self.input_ids is None:
             raise ValueError("The context is empty: 0 tokens were read, and there is nothing to keep.")
         length = cached_length(self.cache)
         tensors = {
@@ -291,9 +268,9 @@ class LongLLaVAContext:
             for i, layer in enumerate(self.cache.layers)
             for name, x in layer_tensors(layer).items()
         }
-        tensors["input_ids"] = self._inputs.input_ids
-        if self._inputs.attention_mask is not None:
-            tensors["attention_mask"] = self._inputs.attention_mask
+        tensors["input_ids"] = self.input_ids
+        if self.attention_mask is not None:
+            tensors["attention_mask"] = self.attention_mask
         metadata = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -348,22 +325,15 @@ class LongLLaVAContext:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         except SafetensorError as error:
             raise OSError(f"The context `{file}` is damaged or truncated: {error}") from error
-        context = cls(
-            LongLLaVACache(model.config),
-            getattr(model.config, "image_token_id", None),
-            json.loads(metadata["metadata"]),
-        )
+        context = model.new_context()
+        context.metadata = json.loads(metadata["metadata"])
         for i, (layer, module) in enumerate(zip(context.cache.layers, model.get_decoder().layers)):
             prefix, device = f"layers.{i}.", execution_device(module)
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             _fill_layer(layer, {name: x.to(device) for name, x in own.items()})
-        device = execution_device(model.get_input_embeddings())
-        mask = tensors.get("attention_mask")
-        context.record(
-            tensors["input_ids"].to(device),
-            None if mask is None else mask.to(device),
-            json.loads(metadata["image_hashes"]),
-        )
+        device, mask = execution_device(model.get_input_embeddings()), tensors.get("attention_mask")
+        mask = None if mask is None else mask.to(device)
+        context.record(tensors["input_ids"].to(device), mask, json.loads(metadata["image_hashes"]))
         return context
 
 

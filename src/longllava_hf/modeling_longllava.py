@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
 from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
@@ -36,16 +36,16 @@ from .modeling_longllava_text import (
 )
 
 
+@auto_docstring
 @dataclass
 class LongLLaVAModelOutputWithPast(BaseModelOutputWithPast):
     r"""
-    What a decoder without its head returns, and:
-
-    router_logits (`tuple(torch.Tensor)`, *optional*): of each expert layer, `(batch * length, num_experts)`; returned
-        with `output_router_logits=True`.
-    image_hidden_states (`torch.Tensor`, *optional*): the image tokens that went into the decoder,
-        `(image tokens, hidden_size)`.
-    image_outputs (`BaseModelOutputWithPooling`, *optional*): what [`~LongLLaVAModel.get_image_features`] returns.
+    router_logits (`tuple(torch.Tensor)`, *optional*, returned with `output_router_logits=True`):
+        Of each expert layer, `(batch * length, num_experts)`.
+    image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*):
+        The image tokens that went into the decoder.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*):
+        What [`~LongLLaVAModel.get_image_features`] returns.
     """
 
     router_logits: tuple[torch.Tensor] | None = None
@@ -53,12 +53,16 @@ class LongLLaVAModelOutputWithPast(BaseModelOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+@auto_docstring
 @dataclass
 class LongLLaVACausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    What a decoder returns (`loss` includes the load-balancing loss `aux_loss`, if there is one), and:
-
-    image_hidden_states, image_outputs: as in [`LongLLaVAModelOutputWithPast`].
+    loss (`torch.Tensor` of shape `(1,)`, *optional*):
+        It includes the load-balancing loss `aux_loss`, if there is one.
+    image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*):
+        The image tokens that went into the decoder.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*):
+        What [`~LongLLaVAModel.get_image_features`] returns.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -230,6 +234,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             check_image_tokens(int(mask.sum()), image_features.shape[0])
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    @auto_docstring
     @accepts_cache
     @can_return_tuple
     def forward(
@@ -244,20 +249,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongLLaVAModelOutputWithPast:
         r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`, *optional*):
-                all images of the batch, in reading order; each fills `config.image_seq_length` placeholders.
-            attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*): 0 for padding.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
-            cache (`Cache`, *optional*).
-            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
-            mm_encoder_outputs (`dict`, *optional*): under `"image"`, what [`~LongLLaVAModel.get_image_features`]
-                returned, in place of `pixel_values`.
-
-        Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds`, and at most one of `pixel_values` and
-                `mm_encoder_outputs`, is given; or if image tokens and image features do not match.
+        pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`, *optional*):
+            All images of the batch, in reading order; each fills `config.image_seq_length` placeholders, or it is a
+            `ValueError`.
+        mm_encoder_outputs (`dict`, *optional*):
+            Under `"image"`, what [`~LongLLaVAModel.get_image_features`] returned, in place of `pixel_values`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -320,6 +316,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
         """See [`LongLLaVAModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @auto_docstring
     @accepts_cache
     @can_return_tuple
     def forward(
@@ -338,15 +335,12 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongLLaVACausalLMOutputWithPast:
         r"""
-        As [`LongLLaVAModel.forward`], and:
-
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids to predict, shifted inside; -100 is
-                ignored.
-            use_cache (`bool`, *optional*): return a cache, new if none was given.
-            output_router_logits (`bool`, *optional*): return them, and add the load-balancing loss to the loss.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions, or which, to
-                compute logits for; 0 for all.
+        pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`, *optional*):
+            All images of the batch, in reading order.
+        output_router_logits (`bool`, *optional*):
+            Whether the routers' logits are returned, and the load-balancing loss added to the loss.
+        mm_encoder_outputs (`dict`, *optional*):
+            Under `"image"`, what [`~LongLLaVAModel.get_image_features`] returned, in place of `pixel_values`.
 
         Example:
 
@@ -356,10 +350,9 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
 
         >>> processor = AutoProcessor.from_pretrained(longllava_hf.TINY)
         >>> model = AutoModelForImageTextToText.from_pretrained(longllava_hf.TINY)
-        >>> messages = [{"role": "user", "content": [{"type": "image", "path": "digit.png"},
-        ...     {"type": "text", "text": "Which digit is this?"}]}]
-        >>> inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-        ...     return_dict=True, return_tensors="pt")
+        >>> block = {"type": "image", "path": "digit.png"}, {"type": "text", "text": "Which digit is this?"}
+        >>> inputs = processor.apply_chat_template([{"role": "user", "content": block}], add_generation_prompt=True,
+        ...     tokenize=True, return_dict=True, return_tensors="pt")
         >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         '7'
         ```

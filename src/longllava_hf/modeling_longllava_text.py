@@ -28,7 +28,7 @@ from transformers.models.jamba.modeling_jamba import (
     repeat_kv,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_longllava import LongLLaVACache
@@ -443,6 +443,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         may_look = not is_torchdynamo_compiling() and (length > 1 or attention_mask.device.type == "cpu")
         return may_look and attention_mask.ndim == 2 and bool(attention_mask.all())
 
+    @auto_docstring
     @accepts_cache
     @merge_with_config_defaults
     @capture_outputs
@@ -457,22 +458,13 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): exactly one of it and `inputs_embeds`.
-            attention_mask (`torch.Tensor` of shape `(batch, past length + length)`, *optional*):
-                0 where there is padding, which may lie anywhere.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): nothing here embeds a position.
-                Where neither mask nor cache is given, a position that does not follow the one before begins another
-                sequence; those do not see each other.
-            cache (`Cache`, *optional*): keys, values and states of what came before; updated in place.
-            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*).
-            use_cache (`bool`, *optional*): return a cache, new if none was given; packed sequences have none.
-            seq_idx (`torch.LongTensor` of shape `(batch, length)`, *optional*): number of the sequence that each token is
-                of, for packed ones; as is `cu_seq_lens_q`, which [`DataCollatorWithFlattening`] can give too.
-
-        Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; or for packed sequences with
-                padding or with a cache.
+        attention_mask (`torch.Tensor` of shape `(batch_size, past length + sequence_length)`, *optional*):
+            0 where there is padding, which may lie anywhere.
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Nothing here embeds a position. Where neither mask nor cache is given, a position that does not follow the one
+            before begins another sequence; those do not see each other. So do `seq_idx`, the number of the sequence that
+            each token is of, and `cu_seq_lens_q`, as [`DataCollatorWithFlattening`] gives them. Packed sequences have
+            neither a cache nor padding: `ValueError`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -568,6 +560,7 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @auto_docstring
     @accepts_cache
     @can_return_tuple
     def forward(
@@ -584,14 +577,8 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""
-        As [`LongLLaVATextModel.forward`], and:
-
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids to predict, shifted inside; -100 is
-                ignored.
-            output_router_logits (`bool`, *optional*): return them, and add the load-balancing loss to the loss.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions, or which, to
-                compute logits for; 0 for all.
+        output_router_logits (`bool`, *optional*):
+            Whether the routers' logits are returned, and the load-balancing loss added to the loss.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
