@@ -203,19 +203,15 @@ def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] 
 
 def scale_bytes(model: nn.Module) -> int:
     """Bytes of scales that bitsandbytes keeps beside its parameters, and `parameters()` does not find."""
-    total = 0
+    tensors = []
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
-        tensors = []
         if is_blockwise(module):
             state = weight.quant_state
-            tensors = [state.absmax]
-            if state.nested:
-                tensors += [state.state2.absmax, state.offset]
+            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
         elif getattr(weight, "dtype", None) == torch.int8:
-            tensors = [_int8_scales(module)]
-        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    return total
+            tensors.append(_int8_scales(module))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 __all__ = [

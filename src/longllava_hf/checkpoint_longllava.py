@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from glob import glob
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -184,7 +184,7 @@ def to_published_name(name: str, config: PreTrainedConfig) -> str:
 def damaged_files(folder: str | os.PathLike) -> str:
     """What is wrong with the weight files of a local folder: a line naming each that cannot be read, or nothing."""
     problems = []
-    for file in sorted(glob(os.path.join(str(folder), "*.safetensors")) + glob(os.path.join(str(folder), "*.bin"))):
+    for file in sorted(str(file) for kind in ("*.safetensors", "*.bin") for file in Path(folder).glob(kind)):
         try:
             read_lazily([file])
         except Exception as error:
@@ -347,8 +347,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
             OSError: if there are no weights, or a file of them is damaged.
         """
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        model: Any
-        info: dict[str, Any]
+        loaded: Any
         config, requested = kwargs.get("config"), kwargs.pop("quantization_config", None)
         if not isinstance(config, PreTrainedConfig) and (name or config) is not None:
             overrides = {key: value for key, value in kwargs.items() if key not in ("config", "dtype", "torch_dtype")}
@@ -369,11 +368,11 @@ class PublishedPreTrainedModel(PreTrainedModel):
                 kwargs.update(state_dict=tensors, config=kwargs.get("config") or name)
                 if kwargs.get("generation_config") is None and cls.can_generate():
                     kwargs["generation_config"] = _read_generation_config(name, kwargs)
-            model, info = super().from_pretrained(
-                None if tensors else name, *model_args, output_loading_info=True, **kwargs
-            )
+            path = None if tensors else name
+            loaded = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         except (SafetensorError, UnpicklingError, EOFError) as error:
             raise OSError(f"The weights of `{name}` are damaged: {damaged_files(name) or error}") from error
+        model, info = loaded
         if name is not None and info["missing_keys"]:
             raise ValueError(f"Weights of `{name}` are missing: {', '.join(sorted(info['missing_keys']))}")
         if tensors:

@@ -66,9 +66,8 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
     except FileNotFoundError:
         raise
     except Exception as not_a_picture:
+        num_frames = DEFAULT_NUM_FRAMES if num_frames is None and fps is None else num_frames
         try:
-            if num_frames is None and fps is None:
-                num_frames = DEFAULT_NUM_FRAMES
             return Visual(path, "video", VideoFile(path, num_frames=num_frames, fps=fps, name=f"`{path}`"))
         except ValueError as not_a_video:
             if "not a video" not in str(not_a_video):
@@ -96,15 +95,13 @@ class Session:
     """
 
     def __init__(self, arguments: argparse.Namespace, context: str | None = None):
-        self.processor = AutoProcessor.from_pretrained(arguments.model)
-        self.model = load_model(arguments)
+        self.processor, self.model = AutoProcessor.from_pretrained(arguments.model), load_model(arguments)
         self.arguments = arguments
         self.settings = {"lazy": True, **({"patch_strategy": "best_fit"} if arguments.high_resolution else {})}
-        if context is None:
-            self.context = self.model.new_context()
-        else:
+        self.context = self.model.new_context()
+        if context is not None:
             self.context = LongLLaVAContext.load(context, self.model, self.processor)
-            if self.context.metadata.get("last") not in ("image", "video") or self.context.input_ids is None:
+            if self.context.metadata.get("last") not in ("image", "video"):
                 raise ValueError(
                     f"The context `{context}` does not say what it ends with; it was not kept by `longllava`."
                 )
@@ -173,7 +170,7 @@ class Session:
                 streamer=streamer if stream else None,
                 do_sample=False,
             )
-        answer_ids = output[0, ids.shape[1] :]
+        generated, answer_ids = time.perf_counter(), output[0, ids.shape[1] :]
         files = [*self.context.metadata.get("files", []), *(visual.describe() for visual in visuals)]
         self.context.metadata = {}
         return {
@@ -183,10 +180,7 @@ class Session:
             "context_tokens": known,
             "prompt_tokens": ids.shape[1],
             "new_tokens": len(answer_ids),
-            "seconds": {
-                "prepare": round(prepared - started, 3),
-                "generate": round(time.perf_counter() - prepared, 3),
-            },
+            "seconds": {"prepare": round(prepared - started, 3), "generate": round(generated - prepared, 3)},
         }
 
 
@@ -198,10 +192,15 @@ def open_inputs(paths: list[str], arguments: argparse.Namespace) -> tuple[str | 
     return context, [open_visual(path, arguments.num_frames, arguments.fps) for path in paths]
 
 
+def check_folder(file: str | None) -> None:
+    """Before any work is done, see that a file can be written where it is wanted."""
+    if file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+        raise OSError(f"The folder of `{file}` does not exist.")
+
+
 def ask(arguments: argparse.Namespace) -> None:
     *paths, question = arguments.inputs
-    if arguments.keep is not None and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.keep))):
-        raise OSError(f"The folder of `{arguments.keep}` does not exist.")
+    check_folder(arguments.keep)
     if arguments.keep is not None and os.path.exists(arguments.keep) and context_metadata(arguments.keep) is None:
         raise ValueError(f"`{arguments.keep}` exists and is no kept context, so it is not written over.")
     context, visuals = open_inputs(paths, arguments)
@@ -254,16 +253,11 @@ def describe_model(name: str) -> dict[str, Any]:
     text, vision = config.get_text_config(), config.vision_config
     with torch.device("meta"):
         model = LongLLaVAForConditionalGeneration(config)
-    groups = {
-        "vision tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "decoder": model.model.language_model,
-        "head": model.lm_head,
-    }
-    info: dict[str, Any] = {
-        "model": name,
-        "parameters": model.num_parameters(),
-        **{f"parameters, {part}": sum(p.numel() for p in module.parameters()) for part, module in groups.items()},
+    info: dict[str, Any] = {"model": name, "parameters": model.num_parameters()}
+    parts = {"vision tower": "model.vision_tower", "projector": "model.multi_modal_projector"}
+    for part, path in {**parts, "decoder": "model.language_model", "head": "lm_head"}.items():
+        info[f"parameters, {part}"] = sum(p.numel() for p in model.get_submodule(path).parameters())
+    info |= {
         "decoder": f"{text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
         "image tokens": f"{config.image_seq_length} (pooling {config.pooling_mode}, {config.pooling_order.replace('_', ' ')})",
         "picture size": f"{vision.image_size} pixels, patches of {vision.patch_size}",
@@ -272,11 +266,9 @@ def describe_model(name: str) -> dict[str, Any]:
     if isinstance(text, LongLLaVATextConfig):
         attention = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
         experts = sum(n > 1 for n in text.layers_num_experts)
-        head_dim = text.hidden_size // text.num_attention_heads
+        head_dim, a_token = text.hidden_size // text.num_attention_heads, f"{text.num_experts_per_tok} a token"
         info["attention layers"] = ", ".join(map(str, attention)) or "none"
-        info["expert layers"] = (
-            f"{experts} with {text.num_experts} experts, {text.num_experts_per_tok} a token" if experts else "none"
-        )
+        info["expert layers"] = f"{experts} with {text.num_experts} experts, {a_token}" if experts else "none"
         info["cache, bytes a token in bfloat16"] = 2 * 2 * len(attention) * text.num_key_value_heads * head_dim
         info["scan"] = describe_scan(text.scan_implementation)
     return info
@@ -316,8 +308,7 @@ def plan(arguments: argparse.Namespace) -> None:
         raise ValueError("Say either a MODEL, a folder or Hub id, or a --shape.")
     if not math.isfinite(arguments.memory):
         raise ValueError(f"--memory must be a number of GB, but is {arguments.memory}.")
-    if arguments.plot is not None and not os.path.isdir(os.path.dirname(os.path.abspath(arguments.plot))):
-        raise OSError(f"The folder of `{arguments.plot}` does not exist.")
+    check_folder(arguments.plot)
     if arguments.shape is not None:
         config, name = published_shape(arguments.shape), f"LongLLaVA, shape {arguments.shape}"
     else:

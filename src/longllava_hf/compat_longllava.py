@@ -18,7 +18,7 @@ is not public in them. Neither is named in any other file.
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
 | `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
-| `TorchDispatchMode`, `tree_leaves` | torch's `utils._python_dispatch`, `utils._pytree` | all | to count allocations | none |
+| `TorchDispatchMode` | torch's `utils._python_dispatch` | all | to count allocations | none |
 | `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | all | speed of generated tokens on a CPU | a product after a cast |
 | `attention_and_logsumexp_cpu` | torch's `_scaled_dot_product_flash_attention_for_cpu` | all | a past without a mask on a CPU | attention with a mask |
 | `merge_processor_kwargs` | `ProcessorMixin._merge_kwargs` | 5.17 to 5.24 | which keyword argument is the tokenizer's and which the image processor's, with the tokenizer's own defaults | none; its first argument is optional since 5.2x |
@@ -34,7 +34,6 @@ import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightConverter
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -239,5 +238,4 @@ __all__ = [
     "should_convert_module",
     "take_adapter",
     "take_cache",
-    "tree_leaves",
 ]

@@ -93,14 +93,12 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
 
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    job = {"to": to, "files": {file.name: file.stat().st_size for file in files}}
-    if (partial / _PROGRESS_FILE).is_file():
-        earlier = json.loads((partial / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        if earlier != job:
-            raise ValueError(
-                f"`{partial}` is left from another conversion, {earlier}, and this one is {job}. Remove it first."
-            )
-    _write_json(partial / _PROGRESS_FILE, job)
+    job, progress = {"to": to, "files": {file.name: file.stat().st_size for file in files}}, partial / _PROGRESS_FILE
+    if progress.is_file() and (earlier := json.loads(progress.read_text(encoding="utf-8"))) != job:
+        raise ValueError(
+            f"`{partial}` is left from another conversion, {earlier}, and this one is {job}. Remove it first."
+        )
+    _write_json(progress, job)
 
     def rename(name: str) -> str:
         native = to_native_name(name, names)
@@ -114,10 +112,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
         tensors = load_vision_tower(config, folder) if file is None else read_lazily([str(file)])
         weight_map.update({rename(name): shard for name in tensors})
         if not (partial / shard).is_file():
-            # Slices of a safetensors file are mapped, not read, until they are written.
-            contents = {
-                rename(n): (t if isinstance(t, torch.Tensor) else t[...]).contiguous() for n, t in tensors.items()
-            }
+            contents = {rename(name): tensor[...].contiguous() for name, tensor in tensors.items()}
             save_file(contents, partial / f"{shard}.tmp", metadata={"format": "pt"})
             os.replace(partial / f"{shard}.tmp", partial / shard)
             del contents
@@ -127,7 +122,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
         _write_json(partial / "model.safetensors.index.json", index)
 
     _write_settings(folder, partial, config, to, keep={file.name for file in files})
-    (partial / _PROGRESS_FILE).unlink()
+    progress.unlink()
     os.replace(partial, target)
     return target
 

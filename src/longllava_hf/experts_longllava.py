@@ -85,9 +85,7 @@ class ExpertWeights:
         else:
             scale = None if self.scale is None else self.scale[expert, rows]
             output = scaled_linear(hidden_states, self.weight[expert, rows], scale)
-        return self._add_adapters(
-            output, hidden_states, lambda low_rank, lora_b: F.linear(low_rank, lora_b[expert, rows])
-        )
+        return self._add_adapters(output, hidden_states, lambda low, lora_b: F.linear(low, lora_b[expert, rows]))
 
     def gate_and_up(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The two halves of [`~ExpertWeights.linear`]'s rows, each contiguous where that costs nothing."""
@@ -100,9 +98,7 @@ class ExpertWeights:
     def grouped(self, hidden_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """`(tokens, columns)`, sorted by expert, to `(tokens, rows)`, each through its own."""
         output = grouped_linear(hidden_states, self.weight, offsets, self.scale)  # type: ignore[arg-type]
-        return self._add_adapters(
-            output, hidden_states, lambda low_rank, lora_b: grouped_linear(low_rank, lora_b, offsets)
-        )
+        return self._add_adapters(output, hidden_states, lambda low, lora_b: grouped_linear(low, lora_b, offsets))
 
 
 def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.Tensor, float]]:
@@ -129,15 +125,11 @@ def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.T
             f" {type(layer).__name__} with adapters {active} is something else. Leave `gate_up_proj` and `down_proj` of"
             " `experts` out of its targets."
         )
-    return [
-        (
-            layer.lora_dropout[name],
-            layer.lora_A[name],
-            layer.lora_B[name].weight.unflatten(0, (num_experts, -1)),
-            layer.scaling[name],
-        )
-        for name in active
-    ]
+    adapters = []
+    for name in active:
+        lora_b = layer.lora_B[name].weight.unflatten(0, (num_experts, -1))
+        adapters.append((layer.lora_dropout[name], layer.lora_A[name], lora_b, layer.scaling[name]))
+    return adapters
 
 
 @contextmanager
@@ -202,14 +194,7 @@ def experts_reference(
     return output
 
 
-def experts_loop(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    act_fn: Callable,
-) -> torch.Tensor:
+def experts_loop(hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn) -> torch.Tensor:
     """
     As [`experts_reference`]; one sort in place of a search for each expert, and gate and up apart, so that what is
     between the products is contiguous. An expert's tokens are done with before the next one's are touched, which suits
@@ -236,14 +221,7 @@ def experts_loop(
     return output
 
 
-def experts_grouped(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    act_fn: Callable,
-) -> torch.Tensor:
+def experts_grouped(hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn) -> torch.Tensor:
     """As [`experts_reference`], all experts in one product; the host never waits for the device."""
     tokens, top_k = top_k_index.shape
     expert_of_pair, order = top_k_index.flatten().sort(stable=True)
@@ -259,14 +237,7 @@ def experts_grouped(
     return (top_k_weights.unsqueeze(1) @ output).squeeze(1)
 
 
-def experts_routed(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    act_fn: Callable,
-) -> torch.Tensor:
+def experts_routed(hidden_states, top_k_index, top_k_weights, gate_up, down, act_fn) -> torch.Tensor:
     """As [`experts_reference`], for a few tokens, SiLU, and neither adapters nor gradients."""
     weights: Any = (gate_up.weight, down.weight, gate_up.scale, down.scale)
     return routed_mlp_triton(hidden_states, top_k_index, top_k_weights, *weights)
@@ -306,8 +277,7 @@ class LongLLaVAExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
-        inputs = (hidden_states, top_k_index, top_k_weights)
-        requested = experts_implementation(self.config) or EXPERTS_IMPLEMENTATION
+        inputs, requested = (hidden_states, top_k_index, top_k_weights), experts_implementation(self.config)
         with (
             unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
             unpack_experts(self.down_proj, self.num_experts) as down,
@@ -316,12 +286,11 @@ class LongLLaVAExperts(nn.Module):
             is_plain = all(
                 isinstance(w.weight, torch.Tensor) and w.scale is None and not w.adapters for w in (gate_up, down)
             )
-            if requested not in ("eager", EXPERTS_IMPLEMENTATION) and is_plain:
+            if requested not in (None, "eager", EXPERTS_IMPLEMENTATION) and is_plain:
                 stacked: Any = StackedExperts(self, gate_up.weight, down.weight)  # type: ignore[arg-type]
                 return ALL_EXPERTS_FUNCTIONS[requested](stacked, *inputs)
-            forward: Callable = experts_reference
-            if requested != "eager":
-                forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
+            forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
+            forward = experts_reference if requested == "eager" else forward
             return forward(*inputs, gate_up, down, self.act_fn)
 
 

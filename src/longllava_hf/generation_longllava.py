@@ -87,11 +87,13 @@ class _Prompt:
 
     def columns(self, begin: int, end: int) -> "_Prompt":
         """Some of the tokens, with the mask up to them."""
-        ids, embeds, positions = (
-            x if x is None else x[:, begin:end] for x in (self.input_ids, self.inputs_embeds, self.position_ids)
-        )
-        mask = self.attention_mask
-        return _Prompt(ids, embeds, mask if mask is None else mask[:, : mask.shape[1] - self.length + end], positions)
+        ids, embeds = (x if x is None else x[:, begin:end] for x in (self.input_ids, self.inputs_embeds))
+        mask, positions = self.attention_mask, self.position_ids
+        mask = mask if mask is None else mask[:, : mask.shape[1] - self.length + end]
+        if positions is not None:  # of all tokens, or of the last ones alone
+            before = positions.shape[1] - self.length
+            positions = positions[:, before + begin : before + end]
+        return _Prompt(ids, embeds, mask, positions)
 
     def padding_first(self) -> "_Prompt":
         """What is generated follows the last position, so padding goes before tokens, in each row."""
@@ -256,13 +258,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         return context
 
     def new_context(self, cache: Cache | None = None) -> LongLLaVAContext:
-        """
-        Args:
-            cache ([`Cache`], *optional*): an empty one to use, of a kind that `generate` takes.
-
-        Returns:
-            [`LongLLaVAContext`]: an empty one.
-        """
+        """An empty context, with an empty [`Cache`] of a kind that `generate` takes, or one of its own."""
         cache = LongLLaVACache(self.config) if cache is None else cache
         return LongLLaVAContext(cache, getattr(self.config, "image_token_id", None))
 
@@ -281,16 +277,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         that part. What the cache holds already is compared with what `context` knows of it, and not encoded again.
         """
         device = execution_device(self.get_input_embeddings())
-        ids, embeds, positions = (
-            x if x is None else x.to(device) for x in (prompt.input_ids, prompt.inputs_embeds, prompt.position_ids)
-        )
-        length = prompt.length
-        new = _Prompt(
-            ids if ids is None else ids[:, start:],
-            embeds if embeds is None else embeds[:, start:],
-            prompt.attention_mask if prompt.attention_mask is None else prompt.attention_mask.to(device),
-            positions if positions is None else positions[:, start - length :],
-        )
+        whole = prompt.map(lambda x: x.to(device))
+        ids, embeds, new = whole.input_ids, whole.inputs_embeds, whole.columns(start, prompt.length)
         outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
@@ -304,16 +292,23 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         else:
             new.inputs_embeds = new.inputs_embeds.clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
         placeholders = _Placeholders(is_image, start, self.config.image_seq_length, context)
-        if outputs is None:
-            features = self._encode(pixel_values, placeholders)
-        else:
-            features = self._select_encoded(outputs.pooler_output, placeholders)
-        placeholders.write(new.inputs_embeds, features)  # type: ignore[arg-type]
+        placeholders.write(new.inputs_embeds, self._features(pixel_values, outputs, placeholders))  # type: ignore[arg-type]
         new.image_hashes = placeholders.hashes
         return new
 
-    def _encode(self, pixel_values: Any, placeholders: _Placeholders) -> Iterator[torch.Tensor]:
-        """The image tokens of the new pictures, as many at a time as the tower sees; nothing else stays in memory."""
+    def _features(self, pixel_values: Any, outputs: Any, placeholders: _Placeholders) -> Iterator[torch.Tensor]:
+        """
+        The image tokens of the new pictures, from what the tower returned or as many at a time as it sees; nothing else
+        stays in memory.
+        """
+        if outputs is not None:
+            features = torch.cat(list(outputs.pooler_output))
+            if len(features) % placeholders.tokens_per_image:
+                check_image_tokens(len(placeholders.index), len(features))
+            features = features.unflatten(0, (-1, placeholders.tokens_per_image))
+            placeholders.expect(len(features))
+            yield placeholders.select_new(range(len(features)), features)
+            return
         placeholders.expect(len(pixel_values))
         done = 0
         for batch in image_batches(pixel_values, self.config.vision_batch_size):
@@ -324,15 +319,6 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             del batch
         if done != len(pixel_values):
             raise ValueError(f"`pixel_values` should hold {len(pixel_values)} pictures, but {done} came.")
-
-    def _select_encoded(self, pooler_output: Any, placeholders: _Placeholders) -> Iterator[torch.Tensor]:
-        features = torch.cat(list(pooler_output))
-        tokens = placeholders.tokens_per_image
-        if len(features) % tokens:
-            check_image_tokens(len(placeholders.index), len(features))
-        features = features.unflatten(0, (-1, tokens))
-        placeholders.expect(len(features))
-        yield placeholders.select_new(range(len(features)), features)
 
     # Reading
 

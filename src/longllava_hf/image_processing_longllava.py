@@ -174,6 +174,12 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
 
 
+def check_num_frames(num_frames: int | None) -> None:
+    """Raises `ValueError` unless at least one frame is asked for."""
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
+
+
 class VideoFile:
     """
     The sampled frames of a video file, decoded with PyAV each time they are iterated over and not before.
@@ -192,8 +198,7 @@ class VideoFile:
     def __init__(self, source, num_frames: int | None = None, fps: float | None = None, name: str | None = None):
         if num_frames is not None and fps is not None:
             raise ValueError(f"Only one of `num_frames` ({num_frames}) and `fps` ({fps}) can be given.")
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
+        check_num_frames(num_frames)
         if fps is not None and fps <= 0:
             raise ValueError(f"`fps` must be positive, but it is {fps}.")
         self.name = name or f"The video ({describe_source(source)})"
@@ -367,14 +372,12 @@ class LazyPixelValues:
         pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
         most = max(pictures, default=1)  # a film's frames are one tile each
         done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size // most)
-        left, filled, batch = len(self), 0, None
+        left, filled, batch, shape = len(self), 0, None, self.shape[1:]
         for tile in chain.from_iterable(done):
-            if tile.shape != self.shape[1:]:
-                raise ValueError(
-                    f"With `lazy=True` a tile must have the shape {self.shape[1:]}, but it is {tile.shape}."
-                )
+            if tile.shape != shape:
+                raise ValueError(f"With `lazy=True` a tile must have the shape {shape}, but it is {tile.shape}.")
             if batch is None:
-                batch = torch.empty(min(size, max(left, 1)), *self.shape[1:], dtype=torch.float32, device="cpu")
+                batch = torch.empty(min(size, max(left, 1)), *shape, dtype=torch.float32, device="cpu")
             batch.numpy()[filled] = tile
             filled += 1
             if filled == len(batch):
@@ -468,37 +471,28 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
 
     def _sub_images(self, image: np.ndarray, grid: tuple[int, int], tile: int, resample) -> list[np.ndarray]:
         """`image` fitted into the grid, the rest black, cut into tiles in raster order (arXiv 2406.16852, section 3)."""
-        (rows, columns), (_, height, width) = grid, image.shape
-        scale = min(rows * tile / height, columns * tile / width)
-        fitted_height = min(math.ceil(height * scale), rows * tile)
-        fitted_width = min(math.ceil(width * scale), columns * tile)
-        fitted = self.resize(image, SizeDict(height=fitted_height, width=fitted_width), resample=resample)
-        canvas = np.zeros((image.shape[0], rows * tile, columns * tile), dtype=fitted.dtype)
-        top, left = (rows * tile - fitted_height) // 2, (columns * tile - fitted_width) // 2
-        canvas[:, top : top + fitted_height, left : left + fitted_width] = fitted
-        return [
-            canvas[:, r * tile : (r + 1) * tile, c * tile : (c + 1) * tile]
-            for r in range(rows)
-            for c in range(columns)
-        ]
+        (rows, columns), (channels, height, width) = grid, image.shape
+        full = (rows * tile, columns * tile)
+        scale = min(full[0] / height, full[1] / width)
+        size = SizeDict(height=min(math.ceil(height * scale), full[0]), width=min(math.ceil(width * scale), full[1]))
+        fitted = self.resize(image, size, resample=resample)
+        canvas = np.zeros((channels, *full), dtype=fitted.dtype)
+        top, left = (full[0] - size.height) // 2, (full[1] - size.width) // 2
+        canvas[:, top : top + size.height, left : left + size.width] = fitted
+        tiles = canvas.reshape(-1, rows, tile, columns, tile).transpose(1, 3, 0, 2, 4)
+        return list(tiles.reshape(rows * columns, -1, tile, tile))
 
     def _fit_square(self, picture: Image.Image, side: int, resample: int, background: tuple[int, ...]) -> np.ndarray:
-        """
-        The picture in the middle of a square of `background`, resized: `(3, side, side)`. Pixels are those of a resized
-        array, without the arrays.
-        """
+        """The picture in the middle of a square of `background`, resized: `(3, side, side)`, as an array would be."""
         width, height = picture.size
         if width > height:
             # Pillow resizes rows, then columns; rows of one colour stay as they are.
-            scaled = picture.resize((side, height), resample)
-            canvas = Image.new("RGB", (side, width), background)
-            canvas.paste(scaled, (0, (width - height) // 2))
+            scaled, picture = picture.resize((side, height), resample), Image.new("RGB", (side, width), background)
+            picture.paste(scaled, (0, (width - height) // 2))
         elif width < height:
-            canvas = Image.new("RGB", (height, height), background)
-            canvas.paste(picture, ((height - width) // 2, 0))
-        else:
-            canvas = picture
-        return np.asarray(canvas.resize((side, side), resample)).transpose(2, 0, 1)
+            narrow, picture = picture, Image.new("RGB", (height, height), background)
+            picture.paste(narrow, ((height - width) // 2, 0))
+        return np.asarray(picture.resize((side, side), resample)).transpose(2, 0, 1)
 
     def _tiles(
         self, source: Any, name: str, whole_only: bool, settings: dict
@@ -589,10 +583,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
 
 
 def _flatten(images) -> Iterator[tuple[Any, bool]]:
-    """
-    Every picture and video file in any nesting, and whether only the whole of it is wanted, which is so for the frames of
-    a video.
-    """
+    """Every picture and video file in any nesting, and whether only the whole is wanted, as of the frames of a video."""
     if isinstance(images, VideoFile):
         yield images, True
     elif isinstance(images, Frames):
@@ -614,10 +605,7 @@ def _open_films(items: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]
 
 
 class Frames(Sequence):
-    """
-    The frames of one video that the caller has decoded already. No list: those are rebuilt on their way through a chat
-    template (Transformers 5.24).
-    """
+    """The frames of one video, decoded already. No list, which a chat template would rebuild (Transformers 5.24)."""
 
     def __init__(self, frames: Iterable):
         self._frames = tuple(frames)

@@ -268,28 +268,24 @@ def prepare_quantization(
     wanted = requested if requested is not None else stored
     if wanted is None:
         return None
-    if requested is not None and stored is not None:
-        found, expected = describe_quantization(stored), describe_quantization(requested)
-        if found != expected:
-            raise ValueError(
-                f"`{source}` is already quantised ({found}), but `quantization_config` asks for {expected}. Leave"
-                " `quantization_config` out to load it as it is, or quantise the checkpoint it was made from."
-            )
-    if describe_quantization(wanted).startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
-        alternative = (
-            "" if stored is not None else " Int8 works without it: `quantization_config=LongLLaVAInt8Config()`."
+    found, expected = (None if config is None else describe_quantization(config) for config in (stored, requested))
+    if None not in (found, expected) and found != expected:
+        raise ValueError(
+            f"`{source}` is already quantised ({found}), but `quantization_config` asks for {expected}. Leave"
+            " `quantization_config` out to load it as it is, or quantise the checkpoint it was made from."
         )
-        raise ImportError(
-            f"{describe_quantization(wanted)} needs bitsandbytes: `pip install 'longllava_hf[int8]'`.{alternative}"
-        )
-    settings = wanted if isinstance(wanted, dict) else wanted.to_dict()
-    if settings.get("llm_int8_has_fp16_weight"):
+    name = describe_quantization(wanted)
+    if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
+        message = f"{name} needs bitsandbytes: `pip install 'longllava_hf[int8]'`."
+        alternative = " Int8 works without it: `quantization_config=LongLLaVAInt8Config()`."
+        raise ImportError(message + ("" if stored is not None else alternative))
+    if (wanted if isinstance(wanted, dict) else wanted.to_dict()).get("llm_int8_has_fp16_weight"):
         raise ValueError("`llm_int8_has_fp16_weight=True` keeps weights in float16, which this model does without.")
     if requested is None or stored is not None:
         return requested  # type: ignore[return-value]
-    prepared: Any = (
-        AutoQuantizationConfig.from_dict(requested) if isinstance(requested, dict) else copy.deepcopy(requested)
-    )
+    prepared: Any = copy.deepcopy(requested)
+    if isinstance(requested, dict):
+        prepared = AutoQuantizationConfig.from_dict(requested)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if hasattr(prepared, name):
             setattr(prepared, name, skip_patterns(getattr(prepared, name)))
@@ -298,9 +294,8 @@ def prepare_quantization(
 
 def stored_quantization(config: PreTrainedConfig) -> QuantizationConfigMixin | dict | None:
     """What a checkpoint's configuration says that it is quantised with."""
-    return getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
+    parts = (config, config.get_text_config())
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
 
 
 def bits_of(config: QuantizationConfigMixin | dict | None) -> str | None:
@@ -327,8 +322,7 @@ def weight_bytes(model: nn.Module, quantization: str) -> dict[str, int]:
     converted = set()
     if quantization != "none":
         for name, module in convertible_layers(model):
-            converted.add(f"{name}.weight")
-            converted.add(f"{name}.weight_scale")
+            converted |= {f"{name}.weight", f"{name}.weight_scale"}
             size = module.in_features * module.out_features
             if quantization == "int8":
                 add("int8", size)
@@ -368,10 +362,9 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
         return
     smaller = BITS[BITS.index(quantization) + 1 :]
     others = [f"{sum(weight_bytes(model, kind).values()) / 1e9:.1f} GB in {kind}" for kind in smaller]
+    kind = f" in {quantization}" if quantization != "none" else ""
     raise ValueError(
-        f"The weights of `{source}` take {needed / 1e9:.1f} GB"
-        + (f" in {quantization}" if quantization != "none" else "")
-        + f", but {device} has {free / 1e9:.1f} GB free."
+        f"The weights of `{source}` take {needed / 1e9:.1f} GB{kind}, but {device} has {free / 1e9:.1f} GB free."
         + (f" They take {', '.join(others)}." if others else "")
         + f' `longllava plan {source}` says what a run takes besides; `device_map="auto"` spreads a model over devices.'
     )

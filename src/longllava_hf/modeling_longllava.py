@@ -149,16 +149,12 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         if len(pixel_values) <= batch_size:
             return self._encode_images(pixel_values, **kwargs)
         parts = [self._encode_images(batch, **kwargs) for batch in image_batches(pixel_values, batch_size)]
-        joined = {
-            name: tuple(torch.cat(layers) for layers in zip(*(part[name] for part in parts)))
-            for name in ("hidden_states", "attentions")
-            if name in parts[0]
-        }
-        return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
-            pooler_output=[feature for part in parts for feature in part.pooler_output],  # type: ignore[arg-type]
-            **joined,
-        )
+        joined: dict[str, Any] = {"pooler_output": [feature for part in parts for feature in part.pooler_output]}
+        for name in parts[0].keys() - joined:
+            tensors = [part[name] for part in parts]
+            is_layered = isinstance(tensors[0], tuple)
+            joined[name] = tuple(map(torch.cat, zip(*tensors))) if is_layered else torch.cat(tensors)
+        return BaseModelOutputWithPooling(**joined)
 
     def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         tower = self.vision_tower

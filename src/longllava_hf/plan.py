@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from .cache_longllava import LongLLaVACache, PreallocatedLayer, layer_tensors
-from .compat_longllava import TorchDispatchMode, tree_leaves
+from .compat_longllava import TorchDispatchMode
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import default_chunk_size
 from .grouped_linear_longllava import planned_device
@@ -27,6 +27,15 @@ from .modeling_longllava import LongLLaVAForConditionalGeneration
 # What is around the pictures in a prompt: two tags and a line break each, and a question.
 _TOKENS_AROUND_AN_IMAGE = 6
 _TOKENS_OF_A_QUESTION = 64
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in any nesting of lists, tuples and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -45,10 +54,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(outputs):
-            if not isinstance(tensor, torch.Tensor):
-                continue
+        given = {id(t.untyped_storage()) for t in _tensors([args, kwargs or {}])}
+        for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()
             if storage in self.seen or id(storage) in given:
                 continue
@@ -150,12 +157,10 @@ class MemoryPlanner:
         prefill_chunk_size: int | None = None,
         device: str = "cuda",
     ):
-        if quantization is None:
-            quantization = bits_of(stored_quantization(config))
+        quantization = bits_of(stored_quantization(config)) if quantization is None else quantization
         if quantization not in BITS:
             raise ValueError(f"`quantization` must be one of {', '.join(BITS)}, but is {quantization!r}.")
-        if prefill_chunk_size is None:
-            prefill_chunk_size = default_chunk_size(device)
+        prefill_chunk_size = default_chunk_size(device) if prefill_chunk_size is None else prefill_chunk_size
         self.settings = {
             "quantization": quantization,
             "dtype": str(dtype).removeprefix("torch."),
@@ -197,12 +202,10 @@ class MemoryPlanner:
         with torch.no_grad(), self._as_on_the_device():
             self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
         kinds = getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(cache.layers)
-        kv = states = 0.0
+        sizes = {"full_attention": 0.0, "linear_attention": 0.0}
         for layer, kind in zip(cache.layers, kinds):
-            share = kinds.count(kind) / kinds[: len(cache.layers)].count(kind)
-            size = share * _layer_bytes(layer)
-            kv, states = (kv + size, states) if kind == "full_attention" else (kv, states + size)
-        return round(kv), round(states)
+            sizes[kind] += _layer_bytes(layer) * kinds.count(kind) / kinds[: len(cache.layers)].count(kind)
+        return round(sizes["full_attention"]), round(sizes["linear_attention"])
 
     @contextmanager
     def _as_on_the_device(self):
@@ -241,13 +244,10 @@ class MemoryPlanner:
             self.model(inputs_embeds=self._embeddings(1), cache=cache, use_cache=True)
             for layer in cache.layers:
                 if isinstance(layer, PreallocatedLayer):
-                    layer.keys, layer.values = (
-                        layer.buffers[name][..., : tokens - chunk, :] for name in ("keys", "values")
-                    )
+                    layer.keys, layer.values = (x[..., : tokens - chunk, :] for x in layer.buffers.values())
             tracker.peak = tracker.live
             inputs = inputs or {"input_ids": torch.empty(1, chunk, dtype=torch.long, device="meta")}
-            outputs = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-            del outputs
+            self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
             kept = sum(map(_layer_bytes, cache.layers))
         return tracker.peak - kept + (self._largest_matrix() if self.quantization == "nf4" else 0)
 

@@ -28,7 +28,13 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
 
 from .compat_longllava import merge_processor_kwargs
 from .configuration_longllava import locate_vision_tower
-from .image_processing_longllava import Frames, LongLLaVAImageProcessor, LongLLaVAImageProcessorKwargs, VideoFile
+from .image_processing_longllava import (
+    Frames,
+    LongLLaVAImageProcessor,
+    LongLLaVAImageProcessorKwargs,
+    VideoFile,
+    check_num_frames,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -225,8 +231,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise ValueError(
                 "`fps` needs a video file: frames that are already decoded do not say when they are shown."
             )
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
+        check_num_frames(num_frames)
         if num_frames is not None and num_frames < len(frames):
             frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))
         return frames
@@ -357,9 +362,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         kind = "image" if block["type"] == "image_url" else block["type"]
         if kind == "text":
             if not isinstance(block.get("text"), str):
-                raise ValueError(
-                    f"{name} has type `text`, so it must have a string under `text`, but it is {block!r}."
-                )
+                raise ValueError(f"{name} has type `text`, so it must have a string under `text`, but is {block!r}.")
             self._check_text(block["text"], name)
         elif kind not in ("image", "video"):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")

@@ -62,14 +62,7 @@ class _Block:
     Everything that a whole sequence of would be too large is made here, and gone with it.
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, Any],
-        tokens: slice,
-        channels: slice,
-        delta_softplus: bool,
-        scratch: _Scratch,
-    ):
+    def __init__(self, tensors: dict, tokens: slice, channels: slice, delta_softplus: bool, scratch: _Scratch):
         dtype, self.scratch = tensors["A"].dtype, scratch
 
         def take(name: str) -> torch.Tensor:
@@ -126,9 +119,8 @@ def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[i
 def _output_buffer(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A buffer for some of the output `(b, d, l)`, time first: a view of it, if that is how it lies in memory."""
     y = y.permute(2, 0, 1)
-    if (
-        y.stride(-1) == 1 and y.dtype == dtype and not torch.compiler.is_compiling()
-    ):  # which writes to whole tensors only
+    # Compiled, operations write to whole tensors only.
+    if y.stride(-1) == 1 and y.dtype == dtype and not torch.compiler.is_compiling():
         return y
     return torch.empty(y.shape, dtype=dtype, device=y.device)
 
@@ -136,17 +128,10 @@ def _output_buffer(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> dict[str, Any]:
     """What is small in the dtype of the state; what is long as it is."""
     dtype = state_dtype(u)
-    return {
-        "u": u,
-        "delta": delta,
-        "A": A.to(dtype).T.contiguous(),
-        "B": B,
-        "C": C,
-        "D": None if D is None else D.to(dtype),
-        "z": z,
-        "delta_bias": None if delta_bias is None else delta_bias.to(dtype),
-        "resets": None if seq_idx is None else sequence_starts(seq_idx),
-    }
+    D, delta_bias = (None if x is None else x.to(dtype) for x in (D, delta_bias))
+    resets = None if seq_idx is None else sequence_starts(seq_idx)
+    small = {"A": A.to(dtype).T.contiguous(), "D": D, "delta_bias": delta_bias, "resets": resets}
+    return {"u": u, "delta": delta, "B": B, "C": C, "z": z, **small}
 
 
 class BlockedScan(torch.autograd.Function):
