@@ -114,6 +114,17 @@ def test_names_of_the_callers_own(published_copy):
     assert same_weights(load(folder, key_mapping={"^head$": "lm_head.weight"}), expected)
 
 
+def test_what_the_caller_hands_over_is_left_as_it_is(published_copy):
+    folder = published_copy()
+    config = load(folder).config
+    before = config.to_dict()
+    for options in ({}, {"quantization_config": LongLLaVAInt8Config()}):
+        load(folder, config=config, dtype=torch.bfloat16, **options)
+        assert config.to_dict() == before
+        with pytest.raises(ValueError, match="state_dict"):  # one or the other, and never in silence
+            load(folder, state_dict={}, **options)
+
+
 def test_overrides_of_the_configuration(published_copy):
     folder = published_copy()
     model = load(folder, vision_batch_size=3, dtype=torch.bfloat16)

@@ -8,6 +8,8 @@ Jamba names below the layer (`model.layers.0.feed_forward.experts.3.up_proj`), a
 names under `model.language_model.`. All three hold one tensor an expert; only in memory are experts stacked.
 """
 
+import contextlib
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -330,6 +332,10 @@ def check_weights(
     return found.keys() - expected.keys()
 
 
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
 class PublishedPreTrainedModel(PreTrainedModel):
     """A model whose `from_pretrained` reads native and published checkpoints, and leaves no weight to chance."""
 
@@ -360,14 +366,15 @@ class PublishedPreTrainedModel(PreTrainedModel):
             kwargs["key_mapping"] = {**dict(published_names(config)), **(kwargs.get("key_mapping") or {})}
         adapter = None
         try:
-            tensors = (
-                {} if name is None else cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)
-            )
+            tensors = {}
+            if name is not None and kwargs.get("state_dict") is None:
+                tensors = cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)
             if tensors:  # Transformers takes tensors or a name, and with them looks for nothing else
-                adapter = take_adapter(name, kwargs)
+                adapter = take_adapter(name, kwargs, _hub_arguments(kwargs))
                 kwargs.update(state_dict=tensors, config=kwargs.get("config") or name)
                 if kwargs.get("generation_config") is None and cls.can_generate():
-                    kwargs["generation_config"] = _read_generation_config(name, kwargs)
+                    with contextlib.suppress(OSError):
+                        kwargs["generation_config"] = GenerationConfig.from_pretrained(name, **_hub_arguments(kwargs))
             path = None if tensors else name
             loaded = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         except (SafetensorError, UnpicklingError, EOFError) as error:
@@ -393,9 +400,8 @@ class PublishedPreTrainedModel(PreTrainedModel):
             elsewhere; to be quantised, without mapping all of them into memory; or because they are read already. The
             values of safetensors files are read when they are used.
         """
-        hub_arguments = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         options = {key: kwargs.get(key) for key in ("variant", "use_safetensors")}
-        files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **hub_arguments)
+        files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **_hub_arguments(kwargs))
         tensors = read_lazily(files)
         if not tensors:
             return {}
@@ -408,9 +414,10 @@ class PublishedPreTrainedModel(PreTrainedModel):
                 " no `quantization_config`."
             )
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+        dtype = dtype.get("", torch.float32) if isinstance(dtype, dict) else dtype
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         with torch.device("meta"):
-            model: Any = cls(config, *model_args)
+            model: Any = cls(copy.deepcopy(config), *model_args)
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         check_device_memory(model, bits_of(quantization), kwargs.get("device_map"), name)
         check_weights(model, native, name, kwargs.get("ignore_mismatched_sizes", False))
@@ -434,13 +441,6 @@ class PublishedPreTrainedModel(PreTrainedModel):
             quantizer.remove_quantization_config(self)
             return self
         return super().dequantize(dtype)
-
-
-def _read_generation_config(name: str | os.PathLike, kwargs: dict[str, Any]) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
-    except OSError:
-        return None
 
 
 __all__ = [

@@ -136,9 +136,9 @@ def save_registered_names(model: Any) -> None:
     model._weight_conversions = None
 
 
-def take_adapter(name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def take_adapter(name: Any, kwargs: dict[str, Any], hub_arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Take what `from_pretrained` was told of an adapter out of its arguments; as arguments of `load_adapter`."""
-    options = dict(kwargs.pop("adapter_kwargs", None) or {})
+    options = {**hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})}
     adapter_name, path = kwargs.pop("adapter_name", "default"), options.pop("_adapter_model_path", None)
     if path is None and is_peft_available() and find_adapter_config_file(name, **options) is not None:
         path = name
