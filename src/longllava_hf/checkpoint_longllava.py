@@ -12,7 +12,8 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from pickle import UnpicklingError
@@ -181,6 +182,20 @@ def to_published_name(name: str, config: PreTrainedConfig) -> str:
         return name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.")
     name = name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
     return name.replace("model.multi_modal_projector.linear_2.", "model.mm_projector.2.")
+
+
+@contextlib.contextmanager
+def atomic_write(file: str | os.PathLike) -> Iterator[str]:
+    """A name of its own to write to, beside `file`, whose place it takes once it is on disk; else nothing is left of it."""
+    temporary = f"{os.fspath(file)}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def damaged_files(folder: str | os.PathLike) -> str:
@@ -445,6 +460,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
 
 __all__ = [
     "PublishedPreTrainedModel",
+    "atomic_write",
     "check_weights",
     "checkpoint_files",
     "damaged_files",

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors
+from .checkpoint_longllava import atomic_write
 from .compat_longllava import execution_device
 
 
@@ -281,13 +282,8 @@ class LongLLaVAContext:
             "image_hashes": json.dumps(self.image_hashes),
             "metadata": json.dumps(self.metadata),
         }
-        temporary = f"{os.fspath(file)}.tmp"
-        try:
+        with atomic_write(file) as temporary:
             save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=metadata)
-            os.replace(temporary, file)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any, processor: Any = None) -> "LongLLaVAContext":

@@ -16,6 +16,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from .checkpoint_longllava import (
+    atomic_write,
     check_weights,
     checkpoint_files,
     damaged_files,
@@ -37,9 +38,8 @@ _TOWER_FOLDER = "vision_tower"
 
 
 def _write_json(file: Path, content: dict) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with atomic_write(file) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read_headers(source: str, files: list[str], config: LongLLaVAConfig) -> bool:
@@ -113,8 +113,8 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
         weight_map.update({rename(name): shard for name in tensors})
         if not (partial / shard).is_file():
             contents = {rename(name): tensor[...].contiguous() for name, tensor in tensors.items()}
-            save_file(contents, partial / f"{shard}.tmp", metadata={"format": "pt"})
-            os.replace(partial / f"{shard}.tmp", partial / shard)
+            with atomic_write(partial / shard) as temporary:
+                save_file(contents, temporary, metadata={"format": "pt"})
             del contents
         total_size += (partial / shard).stat().st_size
     if total > 1:

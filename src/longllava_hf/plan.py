@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from .cache_longllava import LongLLaVACache, PreallocatedLayer, layer_tensors
+from .checkpoint_longllava import atomic_write
 from .compat_longllava import TorchDispatchMode
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import default_chunk_size
@@ -337,9 +338,8 @@ def draw_plan(planner: MemoryPlanner, plan: MemoryPlan, file: str | os.PathLike)
     axes.set_title(f"Memory, {planner.quantization} weights, chunks of {planner.prefill_chunk_size:,} tokens")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="lower right", fontsize="small")
-    temporary = f"{os.fspath(file)}.tmp"
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, file)
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 SHAPES = {"53b": {}, "9b": {"num_experts": 1}}
