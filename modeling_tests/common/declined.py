@@ -7,7 +7,7 @@ DECLINED: dict[str, str] = {
     "test_correct_missing_keys": _STRICT,
     "test_model_weights_reload_no_missing_tied_weights": _STRICT,
     "test_generation_tester_mixin_inheritance": "the tests of generation are not in Transformers' source distribution;"
-    " `modeling_tests/test_generation_longllava.py` has ours",
+    " `modeling_tests/test_generation_common.py` has ours",
     "test_init_arguments_not_in_processor_kwargs": "a checkpoint says how many frames of a video are sampled, and a call"
     " may say otherwise; other processors keep such a default in a video processor, which LongLLaVA has none of",
     "test_processor_with_multiple_inputs": "its text has a video, but none is given, as there is no video processor",
