@@ -13,6 +13,7 @@ is not public in them. Neither is named in any other file.
 | `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
 | `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
+| `repeat_for_beams` | `generate` repeats what an encoder returned for each beam | 5.2x; before, not | beams without a cache | - |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
 | `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
@@ -131,6 +132,16 @@ class LazyWeightConverter(WeightConverter):
         return collected
 
 
+def repeat_for_beams(encoded: Any, images_of_rows: list[int]) -> None:
+    """Let an encoder's outputs be those of all rows, beams too, where they are still those of the rows that were given."""
+    beams, rest = divmod(sum(images_of_rows), max(len(encoded.pooler_output), 1))
+    if beams > 1 and not rest and len(encoded.pooler_output):
+        features, repeated = iter(encoded.pooler_output), []
+        for count in images_of_rows[::beams]:
+            repeated += [next(features) for _ in range(count)] * beams
+        encoded.pooler_output = repeated
+
+
 def save_registered_names(model: Any) -> None:
     """Forget by which names a checkpoint was read, so that a model is saved by the registered ones."""
     model._weight_conversions = None
@@ -234,6 +245,7 @@ __all__ = [
     "merge_with_config_defaults",
     "move_hook",
     "recurrent_states",
+    "repeat_for_beams",
     "save_registered_names",
     "should_convert_module",
     "take_adapter",

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
-from .compat_longllava import CACHE, accepts_cache, as_cache, execution_device, take_cache
+from .compat_longllava import CACHE, accepts_cache, as_cache, execution_device, repeat_for_beams, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, hash_image
 from .image_processing_longllava import LazyPixelValues
@@ -206,6 +206,9 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             next_sequence_length = unread_tokens
         elif not is_first_iteration and cache is not None and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # which older releases go on giving
+        if cache is None and (encoded := (kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
+            repeat_for_beams(encoded, counts.tolist())
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
