@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 
 tomllib = pytest.importorskip("tomllib")
@@ -35,6 +37,17 @@ def test_every_dependency_is_pinned_within_its_bounds(python):
         version = versions.get(canonicalize_name(item.name))
         assert version is not None, f"{item} has no pin"
         assert version in item.specifier, f"{item}, but the pin is {version}"
+
+
+def test_floors_are_those_of_the_oldest_lane():
+    pins = {pin.name: pin.specifier for pin in SCRIPT["read"](ROOT / ".ci" / "oldest.txt")}
+    for item in requirements():
+        if item.name in pins and item.name not in ("torch", "triton"):
+            (pin,), (floor,) = pins[item.name], [one for one in item.specifier if one.operator == ">="]
+            assert pin.operator == "==" and Version(pin.version) in SpecifierSet(f"=={floor.version}.*"), item
+    # What trains the small checkpoint, and lint.
+    untested = {item.name for item in requirements()} - set(pins)
+    assert untested == {"mypy", "pre-commit", "ruff", "scikit-video", "typos"}
 
 
 def test_lines_are_read_as_they_were_written(tmp_path):
