@@ -80,19 +80,30 @@ def test_beam_search_generate_dict_output(case, do_sample):
     found = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        found.append(
-            model.generate(
-                **inputs,
-                use_cache=use_cache,
-                do_sample=do_sample,
-                output_scores=True,
-                return_dict_in_generate=True,
-                **options,
-            )
-        )
+        options.update(use_cache=use_cache, do_sample=do_sample, output_scores=True, return_dict_in_generate=True)
+        found.append(model.generate(**inputs, **options))
     torch.testing.assert_close(found[0].sequences_scores, found[1].sequences_scores, **CLOSE)
     torch.testing.assert_close(torch.stack(found[0].scores), torch.stack(found[1].scores), **CLOSE)
     assert torch.equal(found[0].sequences, found[1].sequences)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_returns_attentions_and_hidden_states(case, beams, use_cache):
+    """`test_greedy_generate_dict_outputs_use_cache` and its like: those of each step, and of each layer that has them."""
+    model, inputs = copy.deepcopy(case[0]), case[1]
+    model.set_attn_implementation("eager")
+    options = {"output_attentions": True, "output_hidden_states": True, "max_new_tokens": 3, **LOGITS}
+    output = model.generate(**inputs, num_beams=beams, use_cache=use_cache, **options)
+    (rows, length), config = inputs["input_ids"].shape, model.config.get_text_config()
+    for step in range(3):
+        total, heads = length + step, config.num_attention_heads
+        new = 1 if step and use_cache else total
+        attentions, hidden_states = output.attentions[step], output.hidden_states[step]
+        assert {tuple(x.shape) for x in attentions} == {(rows * beams, heads, new, total)}
+        assert {tuple(x.shape) for x in hidden_states} == {(rows * beams, new, config.hidden_size)}
+        assert len(attentions) == config.layer_types.count("full_attention")
+        assert len(hidden_states) == config.num_hidden_layers + 1
 
 
 def test_prompt_lookup_decoding_matches_greedy_search():

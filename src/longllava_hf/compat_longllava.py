@@ -13,7 +13,7 @@ is not public in them. Neither is named in any other file.
 | `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
 | `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
-| `repeat_for_beams` | `generate` repeats what an encoder returned for each beam | 5.2x; before, not | beams without a cache | - |
+| `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.2x | `generate` repeats encoded pictures for beams | none |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
 | `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightConverter
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import find_adapter_config_file, is_peft_available
@@ -48,6 +49,10 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 CACHE: str = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in _CACHE_NAMES)
 """What this release calls a cache, as an argument and in an output."""
+
+
+EXPANDS_ENCODER_OUTPUTS = hasattr(GenerationMixin, "_expand_multimodal_outputs")
+"""Whether `generate` repeats `mm_encoder_outputs` for each beam and each sequence to return, as it does ids."""
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
@@ -130,16 +135,6 @@ class LazyWeightConverter(WeightConverter):
         collected = {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
         operation.quantize_op, self.quantization_operation = self.quantization_operation, None
         return collected
-
-
-def repeat_for_beams(encoded: Any, images_of_rows: list[int]) -> None:
-    """Let an encoder's outputs be those of all rows, beams too, where they are still those of the rows that were given."""
-    beams, rest = divmod(sum(images_of_rows), max(len(encoded.pooler_output), 1))
-    if beams > 1 and not rest and len(encoded.pooler_output):
-        features, repeated = iter(encoded.pooler_output), []
-        for count in images_of_rows[::beams]:
-            repeated += [next(features) for _ in range(count)] * beams
-        encoded.pooler_output = repeated
 
 
 def save_registered_names(model: Any) -> None:
@@ -227,6 +222,7 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 __all__ = [
     "CACHE",
+    "EXPANDS_ENCODER_OUTPUTS",
     "LazyWeightConverter",
     "OutputRecorder",
     "SettableExperts",
@@ -245,7 +241,6 @@ __all__ = [
     "merge_with_config_defaults",
     "move_hook",
     "recurrent_states",
-    "repeat_for_beams",
     "save_registered_names",
     "should_convert_module",
     "take_adapter",

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
-from .compat_longllava import CACHE, accepts_cache, as_cache, execution_device, repeat_for_beams, take_cache
+from .compat_longllava import CACHE, EXPANDS_ENCODER_OUTPUTS, accepts_cache, as_cache, execution_device, take_cache
 from .configuration_longllava import LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, hash_image
 from .image_processing_longllava import LazyPixelValues
@@ -206,9 +206,6 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             next_sequence_length = unread_tokens
         elif not is_first_iteration and cache is not None and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # which older releases go on giving
-        if cache is None and (encoded := (kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
-            counts = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length
-            repeat_for_beams(encoded, counts.tolist())
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -520,12 +517,15 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         arguments = {**kwargs, "input_ids": prompt.input_ids, "inputs_embeds": prompt.inputs_embeds}
         arguments.update(attention_mask=prompt.attention_mask, position_ids=prompt.position_ids)
         reads_whole = cache is None or self._reads_whole(config, kwargs)
-        last = new.inputs_embeds
+        last, expand = new.inputs_embeds, max(config.num_beams or 1, config.num_return_sequences or 1)
         if prompt.inputs_embeds is not None:
             # Only what is unread is looked at.
             arguments["inputs_embeds"] = F.pad(last, (0, 0, prompt.length - new.length, 0))  # type: ignore[arg-type]
         elif last is not None and reads_whole:
-            features = last[new.input_ids == self.config.image_token_id].split(self.config.image_seq_length)
+            copies = 1 if EXPANDS_ENCODER_OUTPUTS else expand
+            masks = new.input_ids == self.config.image_token_id
+            features = torch.cat([row[mask] for row, mask in zip(last, masks) for _ in range(copies)])  # type: ignore[arg-type]
+            features = features.split(self.config.image_seq_length)
             arguments["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
         elif last is not None and (new.input_ids[:, -1] == self.config.image_token_id).any():  # type: ignore[index]
             arguments["inputs_embeds"] = last[:, -1:].expand(-1, prompt.length, -1)
@@ -534,7 +534,6 @@ class LongLLaVAGenerationMixin(GenerationMixin):
 
         chunk_size, config.prefill_chunk_size, config.cache_implementation = config.prefill_chunk_size, None, None
         rows = (prompt.input_ids if prompt.inputs_embeds is None else prompt.inputs_embeds).shape[0]  # type: ignore[union-attr]
-        expand = max(config.num_beams or 1, config.num_return_sequences or 1)
         before = 1 if is_empty(cache) else cache_rows(cache) // rows
         if not reads_whole:
             read = new.columns(0, new.length - 1).map(lambda x: x if before == 1 else x.repeat_interleave(before, 0))
