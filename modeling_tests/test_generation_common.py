@@ -203,7 +203,7 @@ def test_generate_methods_with_logits_to_keep(case, chunk):
 
 
 def test_generate_compile_model_forward():
-    """Each generated token with a cache of fixed size, compiled as one graph."""
+    """Each generated token with a cache of fixed size, through `torch.compile`."""
     model, inputs = build("attention"), MODELS["attention"]
     expected = model.generate(**inputs, max_new_tokens=4, **LOGITS, **STATIC)
     compiled = copy.deepcopy(model)
