@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
+from longllava_hf import (
+    LongLLaVAForCausalLM,
+    LongLLaVAForConditionalGeneration,
+    LongLLaVAInt8Config,
+    LongLLaVATextModel,
+)
 from longllava_hf import convert as convert_module
 from longllava_hf.checkpoint_longllava import expected_shapes, published_names, to_native_name, to_published_name
 from longllava_hf.convert import convert_checkpoint
@@ -331,6 +336,29 @@ print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     total, grown = map(int, result.stdout.split()[-2:])
     assert total > 300e6 and grown < 0.25 * total, (total, grown)
+
+
+def test_a_damaged_file_of_pytorch_is_named_too(published_copy):
+    folder = published_copy()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    content = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=r"damaged.*pytorch_model\.bin"):
+        load(folder)
+    with pytest.raises(OSError, match=r"damaged.*pytorch_model\.bin"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_a_base_model_of_a_quantized_checkpoint(tmp_path):
+    """Experts are stacked there, and the base model's names have no `model.` in front."""
+    from .test_modeling_longllava_text import small_text_config
+
+    LongLLaVAForCausalLM(small_text_config()).save_pretrained(tmp_path / "plain")
+    config = LongLLaVAInt8Config()
+    whole = LongLLaVAForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    whole.save_pretrained(tmp_path / "quantized")
+    assert same_weights(LongLLaVATextModel.from_pretrained(tmp_path / "quantized"), whole.model)
 
 
 def test_text_model_names(tmp_path):

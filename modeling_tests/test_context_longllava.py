@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from longllava_hf import LongLLaVACache, LongLLaVAContext, LongLLaVAForConditionalGeneration, cli
-from longllava_hf.cache_longllava import PreallocatedLayer, restored_on_error
+from longllava_hf.cache_longllava import PreallocatedLayer, RecurrentLayer, layer_tensors, restored_on_error
 from longllava_hf.context_longllava import context_metadata
 
 from .conftest import small_config
@@ -543,3 +543,11 @@ def test_bad_contexts_on_the_command_line(small_model, tmp_path, capsys):
     assert (tmp_path / "three.png").read_bytes() == content
     assert cli.main(["ask", DIGITS["three"], "?", "--keep", str(tmp_path / "no" / "x")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_rows_of_states_that_are_not_there_yet():
+    """As with keys and values: nothing to select from is no error."""
+    layer = RecurrentLayer()
+    layer.batch_select_indices(torch.tensor([0, 1]))
+    layer.batch_repeat_interleave(2)
+    assert layer_tensors(layer) == {}

@@ -522,3 +522,9 @@ def test_how_films_are_sampled_is_saved(tiny_processor, film, tmp_path):
     chat = [{"role": "user", "content": [{"type": "video", "path": path}]}]
     assert len(apply(again, chat)["pixel_values"]) == 5
     assert len(apply(again, chat, processor_kwargs={"num_frames": 7})["pixel_values"]) == 7
+
+
+@pytest.mark.parametrize("conversation", [["hello"], [None], [[]]])
+def test_what_is_no_conversation(tiny_processor, conversation):
+    with pytest.raises(ValueError, match="A conversation must be a list of at least 1 message"):
+        tiny_processor.apply_chat_template(conversation, tokenize=False)

@@ -449,6 +449,8 @@ def test_a_gpu_that_is_too_small(monkeypatch):
         load(device_map={"": 0})
     with pytest.raises(ValueError, match=r"in int8, but.*longllava plan"):
         load(device_map="cuda:0", quantization="int8")
+    with pytest.raises(ValueError, match=message):  # one device, said in several ways
+        load(device_map={"model": 0, "lm_head": "cuda:0"})
 
 
 @pytest.mark.parametrize("method", METHODS)

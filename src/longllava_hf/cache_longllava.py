@@ -146,16 +146,18 @@ class RecurrentLayer(LinearAttentionLayer):
         self._prepare(self.recurrent_states, state_idx)
         return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
-    def _rows(self) -> torch.Tensor:
-        return torch.arange(next((len(state) for state in layer_tensors(self).values()), 0))
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Those rows that are selected of all there are; nothing where there is no state yet."""
+        if states := list(layer_tensors(self).values()):
+            self.reorder_cache(select(torch.arange(len(states[0]))))  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """As [`DynamicLayer.batch_repeat_interleave`]."""
-        self.reorder_cache(self._rows().repeat_interleave(repeats))  # type: ignore[arg-type]
+        self._select_rows(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """As [`DynamicLayer.batch_select_indices`]."""
-        self.reorder_cache(self._rows()[indices.cpu()])  # type: ignore[arg-type]
+        self._select_rows(lambda rows: rows[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises `ValueError`: a recurrent state cannot be rolled back."""

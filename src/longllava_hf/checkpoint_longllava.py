@@ -243,6 +243,17 @@ def read_lazily(checkpoint_files: Iterable[str]) -> dict[str, Any]:
     return tensors
 
 
+def read_headers(checkpoint_files: list[str], source: Any) -> dict[str, Any]:
+    """As [`read_lazily`]; raises `OSError` for a damaged file, whatever its reader raises."""
+    try:
+        return read_lazily(checkpoint_files)
+    except OSError:  # such as a file that is not there
+        raise
+    except Exception as error:
+        folder = os.path.dirname(checkpoint_files[0])
+        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(folder) or error}") from error
+
+
 def checkpoint_files(
     name: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **hub_arguments
 ) -> list[str]:
@@ -279,6 +290,11 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
     return {f"model.{_VISION_TOWER}{name}": tensor for name, tensor in tower.state_dict().items()}
 
 
+def has_vision_tower(names: Iterable[str]) -> bool:
+    """Whether any of these weights is the tower's."""
+    return any(_VISION_TOWER in name for name in names)
+
+
 def expert_names(stacked: str, num_experts: int) -> list[str]:
     """The names on disk of what is stacked in memory as `...experts.gate_up_proj.weight` or `down_proj.weight`."""
     prefix, _, weight = stacked.rpartition(".experts.")
@@ -292,14 +308,15 @@ def expected_shapes(model: PreTrainedModel, present: Iterable[str] = ()) -> dict
 
     Args:
         model (`PreTrainedModel`): on `meta`.
-        present (`Iterable[str]`): native names that are there: experts that were quantised are stored stacked.
+        present (`Iterable[str]`): native names that are there: experts that were quantised are stored stacked. A base
+            model is saved without `model.` in front.
     """
-    present = set(present)
+    present = {name.removeprefix("model.") for name in present}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         if name in model.all_tied_weights_keys:
             continue
-        if ".experts." in name and name not in present:
+        if ".experts." in name and name.removeprefix("model.") not in present:
             parts = expert_names(name, model.config.get_text_config().num_experts)
             shapes.update(dict.fromkeys(parts, (tensor.shape[0] // len(parts), tensor.shape[1])))
         else:
@@ -324,14 +341,13 @@ def check_weights(
     Raises:
         ValueError: listing every weight that is missing or of another shape. A vision tower may be missing as a whole.
     """
-    # A base model is saved without `model.` in front.
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         is_blockwise = f"{name}.absmax" in tensors  # two weights of 4 bits are a byte, all in one column of any dtype
         shape = (tensor.shape[0] * tensor.dtype.itemsize, 1) if is_blockwise else tuple(tensor.shape)
         found[name.removeprefix("model.")] = shape
     expected = {n.removeprefix("model."): shape for n, shape in expected_shapes(model, tensors).items()}
-    has_tower = any(name.startswith(_VISION_TOWER) for name in found)
+    has_tower = has_vision_tower(found)
     missing = [n for n in expected if n not in found and (has_tower or not n.startswith(_VISION_TOWER))]
     mismatched = []
     for name, shape in expected.items():
@@ -417,7 +433,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
         """
         options = {key: kwargs.get(key) for key in ("variant", "use_safetensors")}
         files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **_hub_arguments(kwargs))
-        tensors = read_lazily(files)
+        tensors = read_headers(files, name)
         if not tensors:
             return {}
         names = list(kwargs["key_mapping"].items())
@@ -436,7 +452,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         check_device_memory(model, bits_of(quantization), kwargs.get("device_map"), name)
         check_weights(model, native, name, kwargs.get("ignore_mismatched_sizes", False))
-        lacks_tower = hasattr(config, "vision_config") and not any(_VISION_TOWER in stored for stored in native)
+        lacks_tower = hasattr(config, "vision_config") and not has_vision_tower(native)
         if lacks_tower:
             tensors.update(load_vision_tower(config, name))
         is_quantized_now = quantization is not None and not marks
@@ -466,8 +482,10 @@ __all__ = [
     "damaged_files",
     "expected_shapes",
     "expert_names",
+    "has_vision_tower",
     "load_vision_tower",
     "published_names",
+    "read_headers",
     "read_lazily",
     "register_expert_conversion",
     "to_native_name",

@@ -5,12 +5,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModel
 from transformers.utils import logging
@@ -19,9 +17,10 @@ from .checkpoint_longllava import (
     atomic_write,
     check_weights,
     checkpoint_files,
-    damaged_files,
+    has_vision_tower,
     load_vision_tower,
     published_names,
+    read_headers,
     read_lazily,
     to_native_name,
     to_published_name,
@@ -42,23 +41,18 @@ def _write_json(file: Path, content: dict) -> None:
         Path(temporary).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_headers(source: str, files: list[str], config: LongLLaVAConfig) -> bool:
+def _check(source: str, files: list[str], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
     """Whether the vision tower is there; everything else must be. Reads no more than the files' headers."""
     if not files:
         raise OSError(
             f"`{source}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either."
         )
-    names = published_names(config)
-    try:
-        found = {to_native_name(name, names): tensor for name, tensor in read_lazily(files).items()}
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        folder = os.path.dirname(files[0])
-        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(folder) or error}") from error
+    found = {to_native_name(name, names): tensor for name, tensor in read_headers(files, source).items()}
     with torch.device("meta"):
         model = LongLLaVAForConditionalGeneration(config)
     if unexpected := sorted(check_weights(model, found, source)):
         logger.warning(f"{len(unexpected)} weights have no place in the model, and are kept as they are: {unexpected}")
-    return any("vision_tower." in name for name in found)
+    return has_vision_tower(found)
 
 
 def convert_checkpoint(source: str, destination: str, to: Literal["native", "published"] = "native") -> Path:
@@ -87,9 +81,9 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
         raise FileExistsError(f"The destination `{target}` exists already.")
     folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(source))
     config = LongLLaVAConfig.from_pretrained(folder)
-    files = [Path(file) for file in checkpoint_files(folder)]
-    has_tower = _read_headers(source, [str(file) for file in files], config)
-    names = published_names(config)
+    names, paths = published_names(config), checkpoint_files(folder)
+    has_tower = _check(source, paths, config, names)
+    files = [Path(path) for path in paths]
 
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -289,8 +289,9 @@ class LongLLaVAExperts(nn.Module):
             if requested not in (None, "eager", EXPERTS_IMPLEMENTATION) and is_plain:
                 stacked: Any = StackedExperts(self, gate_up.weight, down.weight)  # type: ignore[arg-type]
                 return ALL_EXPERTS_FUNCTIONS[requested](stacked, *inputs)
-            forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
-            forward = experts_reference if requested == "eager" else forward
+            forward: Callable = experts_reference
+            if requested != "eager":
+                forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
             return forward(*inputs, gate_up, down, self.act_fn)
 
 

@@ -351,8 +351,8 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     Raises:
         ValueError: with the bytes needed, found, and needed in fewer bits.
     """
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    devices = {torch.device("cuda", d) if isinstance(d, int) else d for d in places - {None, "disk"}}
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    devices = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places} - {"disk"}
     if len(devices) != 1 or quantization is None or not str(*devices).startswith("cuda"):
         return
     device = torch.device(*devices)

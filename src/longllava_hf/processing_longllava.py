@@ -331,7 +331,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         conversation = getattr(conversation, "messages", conversation)
         if not isinstance(conversation, (list, tuple)) or len(conversation) == 0:
             raise ValueError(f"A conversation must be a list of at least 1 message, but it is {conversation!r}.")
-        if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
+        if not isinstance(conversation[0], dict) and not hasattr(conversation[0], "role"):
             return [self._checked(one) for one in conversation]
         messages, conversation = [], [_as_dict(message) for message in conversation]
         for index, message in enumerate(conversation):
