@@ -13,7 +13,7 @@ is not public in them. Neither is named in any other file.
 | `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
 | `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
-| `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.2x | `generate` repeats encoded pictures for beams | none |
+| `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.18 | `generate` repeats encoded pictures for beams | none |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
 | `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
