@@ -13,6 +13,7 @@ from longllava_hf import LongLLaVAForCausalLM
 from longllava_hf.compat_longllava import get_cache
 from longllava_hf.context_longllava import hash_image
 
+from .conftest import small_config
 from .test_context_properties import build
 from .test_generation_longllava import IDS, LOGITS, PICTURES, WITH_PICTURES, assert_as_without_cache
 
@@ -20,7 +21,8 @@ from .test_generation_longllava import IDS, LOGITS, PICTURES, WITH_PICTURES, ass
 STATIC = {"cache_implementation": "static"}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 MODELS = {
-    "hybrid": {"input_ids": WITH_PICTURES, "pixel_values": PICTURES},
+    # Two rows that differ in their pictures alone.
+    "hybrid": {"input_ids": WITH_PICTURES.repeat(2, 1), "pixel_values": torch.cat([PICTURES, PICTURES.flip(0)])},
     "attention": {"input_ids": WITH_PICTURES, "pixel_values": PICTURES},
     "text": {"input_ids": IDS},
 }
@@ -184,6 +186,17 @@ def test_generate_continue_from_past_key_values(case):
     torch.testing.assert_close(torch.cat([logits(first), logits(second)], dim=1), logits(whole), **CLOSE)
 
 
+def test_generate_continue_from_inputs_embeds(case):
+    """Embeddings of all tokens, of which the cache holds the first."""
+    model, ids = case[0], case[1]["input_ids"].masked_fill(case[1]["input_ids"] == 5, 6)
+    embed = model.get_input_embeddings()
+    whole = model.generate(ids, max_new_tokens=7, **LOGITS)
+    first = model.generate(inputs_embeds=embed(ids).detach(), max_new_tokens=3, **LOGITS)
+    embeds = embed(torch.cat([ids, first.sequences], dim=1)).detach()
+    second = model.generate(inputs_embeds=embeds, cache=get_cache(first), max_new_tokens=4, **LOGITS)
+    torch.testing.assert_close(torch.cat([logits(first), logits(second)], dim=1), logits(whole), **CLOSE)
+
+
 def test_generate_without_input_ids(case):
     model, _ = case
     model.generation_config.bos_token_id = 7
@@ -202,14 +215,25 @@ def test_generate_methods_with_logits_to_keep(case, chunk):
     torch.testing.assert_close(logits(found[0]), logits(found[1]), **CLOSE)
 
 
-def test_generate_compile_model_forward():
-    """Each generated token with a cache of fixed size, through `torch.compile`."""
-    model, inputs = build("attention"), MODELS["attention"]
-    expected = model.generate(**inputs, max_new_tokens=4, **LOGITS, **STATIC)
-    compiled = copy.deepcopy(model)
-    compiled.forward = torch.compile(compiled.forward, backend="eager")
-    output = compiled.generate(**inputs, max_new_tokens=4, **LOGITS, **STATIC)
+def test_generate_compile_model_forward_fullgraph():
+    """With a cache of fixed size a prompt is one graph, and each token after it another; with states and experts too."""
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    model = LongLLaVAForCausalLM(small_config(text_config=layers).text_config).eval()
+    model.set_experts_implementation("batched_mm")  # the default looks at how many tokens an expert has
+    expected = model.generate(IDS, max_new_tokens=5, **LOGITS, **STATIC)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    output = model.generate(IDS, max_new_tokens=5, **LOGITS, **STATIC)
     torch.testing.assert_close(logits(output), logits(expected), **CLOSE)
+
+
+def test_eager_matches_sdpa_generate(case):
+    model, inputs = copy.deepcopy(case[0]), case[1]
+    found = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found.append(model.generate(**inputs, max_new_tokens=5, **LOGITS))
+    torch.testing.assert_close(logits(found[0]), logits(found[1]), **CLOSE)
 
 
 def test_inputs_are_left_as_they_are(case):

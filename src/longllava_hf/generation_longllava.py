@@ -522,11 +522,10 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             # Only what is unread is looked at.
             arguments["inputs_embeds"] = F.pad(last, (0, 0, prompt.length - new.length, 0))  # type: ignore[arg-type]
         elif last is not None and reads_whole:
-            copies = 1 if EXPANDS_ENCODER_OUTPUTS else expand
+            copies, size = 1 if EXPANDS_ENCODER_OUTPUTS else expand, self.config.image_seq_length
             masks = new.input_ids == self.config.image_token_id
-            features = torch.cat([row[mask] for row, mask in zip(last, masks) for _ in range(copies)])  # type: ignore[arg-type]
-            features = features.split(self.config.image_seq_length)
-            arguments["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
+            features = [image for row, mask in zip(last, masks) for image in row[mask].split(size) * copies]  # type: ignore[arg-type]
+            arguments["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
         elif last is not None and (new.input_ids[:, -1] == self.config.image_token_id).any():  # type: ignore[index]
             arguments["inputs_embeds"] = last[:, -1:].expand(-1, prompt.length, -1)
         if cache is None:

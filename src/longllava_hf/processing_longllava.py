@@ -23,8 +23,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
+from transformers.video_utils import VideoInput
 
 from .compat_longllava import merge_processor_kwargs
 from .configuration_longllava import locate_vision_tower
@@ -147,7 +149,13 @@ class LongLLaVAProcessor(ProcessorMixin):
             "image_seq_length": config.image_seq_length,
         }
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """
         As [`~ProcessorMixin.__call__`]. A video's frames are pictures to the model, so pictures and videos go through the
         image processor together, in reading order.
@@ -192,8 +200,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             if sum(counts) != len(given):
                 where = f" (by prompt: {counts})" if len(counts) > 1 else ""
                 raise ValueError(
-                    f"Each `{token}` in the text stands for one {kind}: found {sum(counts)} `{token}`{where} and"
-                    f" {len(given)} {kind}s."
+                    f"The number of `{token}` tokens in the prompts should be the same as the number of {kind}s: found"
+                    f" {sum(counts)} `{token}`{where} and {len(given)} {kind}s."
                 )
         queues = {self.image_token: iter(pictures), self.video_token: iter(films)}
         placeholder = re.compile("|".join(map(re.escape, queues)))
