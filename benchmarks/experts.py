@@ -14,9 +14,9 @@ from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from longllava_hf import LongLLaVATextConfig
-from longllava_hf.experts_longllava import LongLLaVAExperts
 from longllava_hf.grouped_linear_longllava import quantize_rows
 from longllava_hf.int8_longllava import LongLLaVAInt8Linear
+from longllava_hf.modeling_longllava_text import LongLLaVAExperts
 
 
 def build(sizes: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

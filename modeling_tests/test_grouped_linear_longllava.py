@@ -13,7 +13,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from longllava_hf import LongLLaVATextConfig
 from longllava_hf.experts_longllava import (
     ExpertWeights,
-    LongLLaVAExperts,
     experts_grouped,
     experts_loop,
     experts_reference,
@@ -25,6 +24,7 @@ from longllava_hf.grouped_linear_longllava import (
     routed_mlp_triton,
     scaled_linear,
 )
+from longllava_hf.modeling_longllava_text import LongLLaVAExperts
 
 
 # Interpreted on the CPU, compiled where there is a GPU.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM, StaticCache
 
-from longllava_hf import LongLLaVAForCausalLM, LongLLaVATextConfig
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVATextConfig
 from longllava_hf.modeling_longllava_text import causal_attention
 
 from .conftest import small_config
@@ -138,6 +138,16 @@ def test_experts_implementations(model, ids, implementation):
     model.set_experts_implementation("eager")
     expected = model(ids).logits
     model.set_experts_implementation(implementation)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_implementations_of_the_whole_model(ids, implementation):
+    model = LongLLaVAForConditionalGeneration(small_config()).eval()
+    expected = model(ids).logits
+    model.set_experts_implementation(implementation)
+    assert model.model.language_model.config._experts_implementation == implementation
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 

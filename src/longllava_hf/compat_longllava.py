@@ -9,9 +9,6 @@ is not public in them. Neither is named in any other file.
 | `recurrent_states` | `Cache.get_conv_state`; before, attributes of a layer | 5.20 | 5.17 has the attributes alone | - |
 | `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
 | `capture_outputs`, `OutputRecorder`, `merge_with_config_defaults` | what Transformers' own models are decorated with | all | hidden states, attentions, router logits | none for packages |
-| `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks into a model's source file | all | experts have a file of their own | none |
-| `experts_implementation` | `config._experts_implementation` | all | what the user chose is kept there | none |
-| `StackedExperts` | attributes that Transformers' experts functions read (`_is_expert_parallel`, `_apply_gate`) | all, more since 5.23 | to call them | none |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
 | `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.18 | `generate` repeats encoded pictures for beams | none |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
@@ -151,34 +148,6 @@ def take_adapter(name: Any, kwargs: dict[str, Any], hub_arguments: dict[str, Any
     return None if path is None else {"peft_model_id": path, "adapter_name": adapter_name, "adapter_kwargs": options}
 
 
-def experts_implementation(config: Any) -> str | None:
-    """The `experts_implementation` that a model was loaded with."""
-    return config._experts_implementation
-
-
-class SettableExperts:
-    """A model of which `set_experts_implementation` chooses the experts."""
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
-
-
-class StackedExperts:
-    """Experts as Transformers' own implementations expect to find them: two parameters of three dimensions."""
-
-    has_gate = is_concatenated = True
-    has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
-
-    def __init__(self, experts: Any, gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
-        self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
-
-
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something is to be called in front of a module's `forward`, which a module that is only read never does."""
     return bool(module._forward_pre_hooks)
@@ -225,15 +194,12 @@ __all__ = [
     "EXPANDS_ENCODER_OUTPUTS",
     "LazyWeightConverter",
     "OutputRecorder",
-    "SettableExperts",
-    "StackedExperts",
     "TorchDispatchMode",
     "accepts_cache",
     "as_cache",
     "attention_and_logsumexp_cpu",
     "capture_outputs",
     "execution_device",
-    "experts_implementation",
     "get_cache",
     "has_forward_pre_hooks",
     "int8_matmul_cpu",

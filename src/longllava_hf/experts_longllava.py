@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""A router and its experts, in the place of a dense MLP (arXiv 2403.19887, section 2)."""
+"""What a layer's experts compute (arXiv 2403.19887, section 2), from weights that quantisers or adapters may have changed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,44 +10,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .bitsandbytes_longllava import BlockwiseWeight, RecomputedLinear, int8_parts, is_blockwise
-from .compat_longllava import StackedExperts, experts_implementation, has_forward_pre_hooks
-from .configuration_longllava import LongLLaVATextConfig
+from .compat_longllava import has_forward_pre_hooks
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
 
 
-EXPERTS_IMPLEMENTATION = "longllava"
-"""The name of this file's experts among Transformers' `experts_implementation`s, and the default of these models."""
-
 # Up to this many tokens each reads its own experts; beyond it, tokens of one expert share a pass over its weights.
 _FEW_TOKENS = 8
-
-
-class LongLLaVATopKRouter(nn.Module):
-    """
-    Sends each token to `num_experts_per_tok` experts. The weights are those of a softmax over all experts; key
-    difference to Mixtral: they are not renormalised over the chosen ones.
-    """
-
-    def __init__(self, config: LongLLaVATextConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`).
-
-        Returns:
-            router logits `(tokens, num_experts)`, chosen weights and chosen experts, both `(tokens, top_k)`.
-        """
-        router_logits = F.linear(hidden_states, self.weight)
-        weights, experts = F.softmax(router_logits, dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
-        return router_logits, weights.to(hidden_states.dtype), experts
 
 
 @dataclass
@@ -63,6 +33,11 @@ class ExpertWeights:
     weight: torch.Tensor | BlockwiseWeight
     scale: torch.Tensor | None = None
     adapters: list[tuple[Any, Any, torch.Tensor, float]] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is all there is, and in floating point."""
+        return isinstance(self.weight, torch.Tensor) and self.scale is None and not self.adapters
 
     def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """One expert's matrix `(rows, columns)`, dequantised."""
@@ -257,68 +232,9 @@ def choose_experts_forward(
     return experts_grouped
 
 
-class LongLLaVAExperts(nn.Module):
-    """
-    All experts of a layer. Key difference to Transformers' experts: their weights are two linear layers, one expert's
-    rows below the other's, so that whatever handles linear layers handles experts: quantisers replace, save and
-    dequantise them, and `target_modules` of LoRA finds them. They are read, not called.
-    """
-
-    def __init__(self, config: LongLLaVATextConfig):
-        super().__init__()
-        self.config = config
-        self.num_experts = config.num_experts
-        rows = 2 * config.intermediate_size * config.num_experts
-        self.gate_up_proj = nn.Linear(config.hidden_size, rows, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
-        inputs, requested = (hidden_states, top_k_index, top_k_weights), experts_implementation(self.config)
-        with (
-            unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
-            unpack_experts(self.down_proj, self.num_experts) as down,
-        ):
-            # Of what is quantised or has adapters Transformers' functions know nothing.
-            is_plain = all(
-                isinstance(w.weight, torch.Tensor) and w.scale is None and not w.adapters for w in (gate_up, down)
-            )
-            if requested not in (None, "eager", EXPERTS_IMPLEMENTATION) and is_plain:
-                stacked: Any = StackedExperts(self, gate_up.weight, down.weight)  # type: ignore[arg-type]
-                return ALL_EXPERTS_FUNCTIONS[requested](stacked, *inputs)
-            forward: Callable = experts_reference
-            if requested != "eager":
-                forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
-            return forward(*inputs, gate_up, down, self.act_fn)
-
-
-# What makes it a name that `experts_implementation` accepts.
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, LongLLaVAExperts.forward)
-
-
-class LongLLaVASparseMoeBlock(nn.Module):
-    """Which experts a token goes to, and what they make of it: `(..., hidden_size)` to the same."""
-
-    def __init__(self, config: LongLLaVATextConfig):
-        super().__init__()
-        self.router = LongLLaVATopKRouter(config)
-        self.experts = LongLLaVAExperts(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.router(tokens)
-        return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-
-
 __all__ = [
-    "EXPERTS_IMPLEMENTATION",
     "ExpertWeights",
-    "LongLLaVAExperts",
-    "LongLLaVASparseMoeBlock",
-    "LongLLaVATopKRouter",
+    "choose_experts_forward",
     "experts_grouped",
     "experts_loop",
     "experts_reference",

@@ -6,6 +6,7 @@ into forward passes over one cache, and any padding, gives the logits of a singl
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -37,7 +39,6 @@ from .checkpoint_longllava import PublishedPreTrainedModel
 from .compat_longllava import (
     CACHE,
     OutputRecorder,
-    SettableExperts,
     accepts_cache,
     as_cache,
     attention_and_logsumexp_cpu,
@@ -47,11 +48,15 @@ from .compat_longllava import (
     take_cache,
 )
 from .configuration_longllava import LongLLaVATextConfig
-from .experts_longllava import EXPERTS_IMPLEMENTATION, LongLLaVASparseMoeBlock, LongLLaVATopKRouter
+from .experts_longllava import choose_experts_forward, experts_reference, unpack_experts
 from .generation_longllava import LongLLaVAGenerationMixin
 from .grouped_linear_longllava import planned_device
 from .int8_longllava import LongLLaVAInt8Linear
 from .selective_scan_longllava import selective_scan
+
+
+EXPERTS_IMPLEMENTATION = "longllava"
+"""The name of this file's experts among Transformers' `experts_implementation`s, and the default of these models."""
 
 
 class Padding(NamedTuple):
@@ -293,6 +298,104 @@ class LongLLaVAMambaMixer(nn.Module):
         return output if padding is None else _permute_tokens(output, padding.inverse)
 
 
+class LongLLaVATopKRouter(nn.Module):
+    """
+    Sends each token to `num_experts_per_tok` experts. The weights are those of a softmax over all experts; key
+    difference to Mixtral: they are not renormalised over the chosen ones.
+    """
+
+    def __init__(self, config: LongLLaVATextConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`).
+
+        Returns:
+            router logits `(tokens, num_experts)`, chosen weights and chosen experts, both `(tokens, top_k)`.
+        """
+        router_logits = nn.functional.linear(hidden_states, self.weight)
+        weights, experts = nn.functional.softmax(router_logits, dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
+        return router_logits, weights.to(hidden_states.dtype), experts
+
+
+class StackedExperts:
+    """Experts of which the weights are two parameters of three dimensions, as Transformers' functions read them."""
+
+    def __init__(self, experts: "LongLLaVAExperts", gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.experts, self.gate_up_proj, self.down_proj = experts, gate_up_proj, down_proj
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+
+class NamedExperts(ExpertsInterface):
+    """Tells experts which implementation was asked for, as it depends on their weights whether it can be used."""
+
+    def get_interface(self, experts_implementation: str | None, default: Callable) -> Callable:
+        return partial(default, experts_implementation=experts_implementation)
+
+
+@use_experts_implementation(experts_interface=NamedExperts())
+class LongLLaVAExperts(nn.Module):
+    """
+    All experts of a layer. Key difference to Mixtral's: their weights are two linear layers, one expert's rows below the
+    other's, so that whatever handles linear layers handles experts: quantisers replace, save and dequantise them, and
+    `target_modules` of LoRA finds them. They are read, not called.
+    """
+
+    def __init__(self, config: LongLLaVATextConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        rows = 2 * config.intermediate_size * config.num_experts
+        self.gate_up_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        experts_implementation: str | None = None,
+    ) -> torch.Tensor:
+        """`(tokens, hidden_size)` to the same, given the router's choice of experts and weights, both `(tokens, top_k)`."""
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        with (
+            unpack_experts(self.gate_up_proj, self.num_experts) as gate_up,
+            unpack_experts(self.down_proj, self.num_experts) as down,
+        ):
+            if experts_implementation == "eager":
+                return experts_reference(*inputs, gate_up, down, self.act_fn)
+            # Of what is quantised or has adapters Transformers' functions know nothing.
+            if experts_implementation in (None, EXPERTS_IMPLEMENTATION) or not (gate_up.is_plain and down.is_plain):
+                forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
+                return forward(*inputs, gate_up, down, self.act_fn)
+            forward = ALL_EXPERTS_FUNCTIONS[experts_implementation]
+            return forward(StackedExperts(self, gate_up.weight, down.weight), *inputs)  # type: ignore[arg-type]
+
+
+# What makes it a name that `experts_implementation` accepts.
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, LongLLaVAExperts.forward)
+
+
+class LongLLaVASparseMoeBlock(nn.Module):
+    """Which experts a token goes to, and what they make of it: `(..., hidden_size)` to the same."""
+
+    def __init__(self, config: LongLLaVATextConfig):
+        super().__init__()
+        self.router = LongLLaVATopKRouter(config)
+        self.experts = LongLLaVAExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.router(tokens)
+        return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+
+
 class LongLLaVADecoderLayer(GradientCheckpointingLayer):
     """Attention or a Mamba mixer, then a feed-forward or experts, each with its norm and residual."""
 
@@ -325,7 +428,7 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
 
 
-class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
+class LongLLaVATextPreTrainedModel(PublishedPreTrainedModel):
     config: LongLLaVATextConfig
     base_model_prefix = "model"
     input_modalities = ("text",)
@@ -348,6 +451,8 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As [`~PreTrainedModel.get_correct_experts_implementation`]; the default is this package's own."""
+        if requested_experts == "grouped_mm":  # Transformers looks for the experts in the class's own file
+            return requested_experts
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @torch.no_grad()
