@@ -146,6 +146,10 @@ def test_info_and_convert(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["attention layers"] == "4" and facts["parameters"] < 4e6
     assert cli.main(["info"]) == 0 and "expert layers" in capsys.readouterr().out
+    assert cli.main(["info", "--profile", "--context", "20", "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    assert {"LongLLaVAMambaMixer", "LongLLaVAAttention", "LongLLaVASparseMoeBlock", "lm_head", "rest"} < seconds.keys()
+    assert min(value for part, value in seconds.items() if part != "rest") > 0
     assert cli.main(["convert", TINY, str(tmp_path / "published"), "--to", "published"]) == 0
     assert "published layout, 1 files" in capsys.readouterr().out
     assert json.loads((tmp_path / "published" / "config.json").read_text())["model_type"] == "llava_jamba"

@@ -296,7 +296,7 @@ def info(arguments: argparse.Namespace) -> None:
         total = sum(value for part, value in seconds.items() if part != "whole token")
         print(f"a generated token after {arguments.context:,}: {1e3 * seconds.pop('whole token'):.2f} ms, of which")
         for part, value in seconds.items():
-            print(f"  {part:20}{100 * value / total:5.1f} %")
+            print(f"  {part:28}{100 * value / total:5.1f} %")
     else:
         width = max(map(len, facts))
         for name, value in facts.items():

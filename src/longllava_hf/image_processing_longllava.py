@@ -243,22 +243,22 @@ class VideoFile:
                 raise ValueError(f"{self.name} is damaged after {count} frames: {error}") from error
             declared = stream.frames
             self._seekable = container.format.name.startswith(_SEEKABLE) and len(times) == count
-            # Seconds; elsewhere than in containers with an index, frames are only counted.
-            self._seconds = [float(t * stream.time_base) for t in sorted(times)] if self._seekable else []
+            self._time_base = stream.time_base
             self.fps = float(stream.average_rate or stream.guessed_rate or 0) or None
         if not count:
             raise ValueError(f"{self.name} has no frames.")
         if count < declared:
             raise ValueError(f"{self.name} is truncated: it should have {declared} frames, and {count} are there.")
         self.total_frames = count
-        self._times, self._keys = sorted(times), sorted(keys)
+        # Elsewhere than in containers with an index, frames are only counted.
+        self._times, self._keys = (sorted(times), sorted(keys)) if self._seekable else (list(range(count)), [])
 
     def _sample(self, num_frames: int | None, fps: float | None) -> list[int]:
         total = self.total_frames
         if fps is not None:
             if self.fps is None:
                 raise ValueError(f"{self.name} does not say its frame rate; use `num_frames` instead of `fps`.")
-            seconds = np.array(self._seconds or [i / self.fps for i in range(total)])
+            seconds = np.array(self._times) * float(self._time_base if self._seekable else 1 / self.fps)
             # The frame that is on the screen at each tick, once.
             ticks = np.arange(seconds[0], seconds[-1] + 1 / self.fps - 1e-6, 1 / fps)
             picks = np.unique(np.searchsorted(seconds, ticks + 1e-6, side="right") - 1)
@@ -272,58 +272,42 @@ class VideoFile:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        for frame in self._seek_frames() if self._seekable else self._count_frames():
+        for frame in self._frames():
             image = frame.to_image()
             if rotation := getattr(frame, "rotation", 0):
                 image = image.rotate(rotation, expand=True)
             _check_size(image.width, image.height, self.name)
             yield image
 
-    def _damaged(self, done: int, error: Exception) -> ValueError:
-        counts = f"{len(self)} frames were wanted, {done} could be read"
-        return ValueError(f"{self.name} is damaged or truncated: {counts} ({str(error) or 'it ends early'}).")
-
-    def _count_frames(self) -> Iterator:
-        """The wanted frames, all before them being decoded too."""
+    def _frames(self) -> Iterator:
+        """The wanted frames. Where an index leads to them, what none of them depends on is not decoded."""
         import av
 
-        done = 0
-        with self._open(read_source(self.source)) as container:
-            try:
-                for position, frame in enumerate(container.decode(container.streams.video[0])):
-                    while done < len(self) and self.indices[done] == position:
-                        yield frame
-                        done += 1
-                    if done == len(self):
-                        return
-            except av.FFmpegError as error:
-                raise self._damaged(done, error) from error
-        raise self._damaged(done, StopIteration())
-
-    def _seek_frames(self) -> Iterator:
-        """The wanted frames, going past what no wanted frame depends on."""
-        import av
-
-        wanted = [self._times[i] for i in self.indices]
-        done = 0
+        wanted, done = [self._times[i] for i in self.indices], 0
         with self._open(read_source(self.source)) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            frames, position = container.decode(stream), self._times[0]
+            stream.thread_type = "AUTO" if self._seekable else "SLICE"
+
+            def decode() -> Iterator[tuple[int, Any]]:
+                if not self._seekable:
+                    return enumerate(container.decode(stream))
+                return ((frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
+
+            frames, position = decode(), self._times[0]
             try:
                 while done < len(wanted):
                     key = bisect_right(self._keys, wanted[done]) - 1
                     if key >= 0 and self._keys[key] > position:
-                        # Nothing between here and that key frame is wanted: do not decode it.
                         container.seek(self._keys[key], stream=stream)
-                        frames = container.decode(stream)
-                    frame = next(f for f in frames if f.pts is not None and f.pts >= wanted[done])
-                    position = frame.pts
+                        frames = decode()
+                    position, frame = next(pair for pair in frames if pair[0] >= wanted[done])
                     while done < len(wanted) and wanted[done] <= position:  # one frame may be wanted several times
                         yield frame
                         done += 1
             except (av.FFmpegError, StopIteration) as error:
-                raise self._damaged(done, error) from error
+                counts = f"{len(self)} frames were wanted, {done} could be read"
+                reason = str(error) or "it ends early"
+                raise ValueError(f"{self.name} is damaged or truncated: {counts} ({reason}).") from error
 
 
 def ordered_map(function: Callable, items: Iterable, max_workers: int, ahead: int = 0) -> Iterator:

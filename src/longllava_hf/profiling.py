@@ -9,17 +9,6 @@ from typing import Any
 import torch
 
 
-# Parts of a decoder by the names of their classes; the first that fits, and of nested ones the outermost.
-_PARTS = {
-    "Attention": "attention",
-    "MambaMixer": "Mamba",
-    "SparseMoe": "experts",
-    "MLP": "dense feed-forward",
-    "RMSNorm": "norms",
-    "Embedding": "embeddings",
-}
-
-
 def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -28,25 +17,21 @@ def _now(model: Any) -> float:
 
 @contextmanager
 def _watch_parts(model: Any):
-    """Seconds by part, measured around the calls of modules while the context is open."""
-    seconds: defaultdict[str, float] = defaultdict(float)
-    running: list[tuple[str, float]] = []
+    """Seconds that the parts of a decoder's layers take, by their class, and what is around the layers."""
+    decoder, seconds, started = model.get_decoder(), defaultdict(float), 0.0
+    parts = [part for layer in [*decoder.layers, decoder] for part in layer.children() if part is not decoder.layers]
 
-    def start(part: str) -> None:
-        running.append((part, 0.0 if running else _now(model)))
+    def start(*_):
+        nonlocal started
+        started = _now(model)
 
-    def stop() -> None:
-        part, started = running.pop()
-        if not running:
-            seconds[part] += _now(model) - started
+    def stop(part, *_):
+        name = "lm_head" if part is model.get_output_embeddings() else type(part).__name__
+        seconds[name] += _now(model) - started
 
     handles = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        part = "head" if name == "lm_head" else next((part for key, part in _PARTS.items() if key in kind), None)
-        if part is not None:
-            handles.append(module.register_forward_pre_hook(lambda *_, part=part: start(part)))
-            handles.append(module.register_forward_hook(lambda *_: stop()))
+    for part in [*parts, model.get_output_embeddings()]:
+        handles += [part.register_forward_pre_hook(start), part.register_forward_hook(stop)]
     try:
         yield seconds
     finally:
@@ -66,7 +51,7 @@ def profile_decoding(model: Any, context: int = 1024, new_tokens: int = 32) -> d
         new_tokens (`int`, defaults to 32): tokens to take the mean of.
 
     Returns:
-        `dict[str, float]`: seconds by part, `"rest"` for what is between them, and `"whole token"`, measured apart and
+        `dict[str, float]`: seconds by class of part, `"rest"` for what is between them, and `"whole token"`, measured apart and
         without looking at the parts.
 
     Raises:
