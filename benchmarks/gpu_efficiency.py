@@ -224,7 +224,7 @@ def measure_scan(device: Device, tokens: int, channels: int, bandwidth: float) -
 
         def run(name=name) -> None:
             u, delta, z = long
-            selective_scan(u, delta, A, *wide, D, z, delta_softplus=True, implementation=name)
+            selective_scan(u, delta, A, *wide, D, z, implementation=name)
 
         device.time(run)
         seconds = min(device.time(run) for _ in range(5))

@@ -40,7 +40,6 @@ def make_inputs(batch=2, channels=6, states=3, length=17, dtype=torch.float32, s
         "C": randn(batch, states, length),
         "D": randn(channels),
         "z": randn(batch, channels, length),
-        "delta_bias": randn(channels),
         "initial_state": randn(batch, channels, states),
     }
     return {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
@@ -55,10 +54,9 @@ def make_boundaries(batch, length):
     return seq_idx
 
 
-def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, seq_idx=None):
+def by_hand(u, delta, A, B, C, D, z, initial_state=None, seq_idx=None):
     """Every state of every channel on its own, in Python loops over float64."""
     u, delta, A, B, C = (x.double() for x in (u, delta, A, B, C))
-    bias = torch.zeros(u.shape[1]).double() if delta_bias is None else delta_bias.double()
     y, final = torch.zeros_like(u), torch.zeros(u.shape[0], *A.shape).double()
     for b in range(u.shape[0]):
         for d in range(u.shape[1]):
@@ -67,28 +65,22 @@ def by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=No
                 for t in range(u.shape[2]):
                     if seq_idx is not None and t > 0 and seq_idx[b, t] != seq_idx[b, t - 1]:
                         h = 0.0
-                    dt = F.softplus(delta[b, d, t] + bias[d])
+                    dt = F.softplus(delta[b, d, t])
                     h = torch.exp(dt * A[d, n]) * h + dt * B[b, n, t] * u[b, d, t]
                     y[b, d, t] += C[b, n, t] * h
                 final[b, d, n] = h
-            if D is not None:
-                y[b, d] += D[d].double() * u[b, d]
-            if z is not None:
-                y[b, d] *= F.silu(z[b, d].double())
+            y[b, d] = (y[b, d] + D[d].double() * u[b, d]) * F.silu(z[b, d].double())
     return y, final
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize(
-    "options",
-    [(), ("D",), ("z",), ("delta_bias",), ("initial_state",), ("seq_idx",), ("D", "z", "initial_state", "seq_idx")],
-)
+@pytest.mark.parametrize("options", [(), ("initial_state",), ("seq_idx",), ("initial_state", "seq_idx")])
 def test_equals_the_recurrence_written_out(implementation, options):
     inputs = {**make_inputs(batch=2, channels=3, states=2, length=19), "seq_idx": make_boundaries(2, 19)}
-    inputs = {k: v for k, v in inputs.items() if k in ("u", "delta", "A", "B", "C", *options)}
+    inputs = {k: v for k, v in inputs.items() if k in ("u", "delta", "A", "B", "C", "D", "z", *options)}
     expected, expected_state = by_hand(**inputs)
     inputs = {k: v.to(DEVICE) for k, v in inputs.items()}
-    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True, implementation=implementation)
+    y, state = selective_scan(**inputs, implementation=implementation)
     torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double().cpu(), expected_state, rtol=1e-5, atol=1e-5)
 
@@ -96,7 +88,7 @@ def test_equals_the_recurrence_written_out(implementation, options):
 def results(inputs, seq_idx=None, **options):
     """Output, final state, and the gradients of a sum of both."""
     inputs = {k: v.detach().clone().requires_grad_() for k, v in inputs.items()}
-    y, state = selective_scan(**inputs, seq_idx=seq_idx, delta_softplus=True, return_final_state=True, **options)
+    y, state = selective_scan(**inputs, seq_idx=seq_idx, **options)
     weight = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y)
     ((y.double() * weight).sum() + state.double().sin().sum()).backward()
     found = {"y": y.detach(), "final_state": state.detach()}
@@ -125,10 +117,10 @@ def test_outputs_and_gradients_at_odd_lengths(length, batch, boundaries, impleme
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("without", [("D",), ("z",), ("initial_state",), ("delta_bias",), ("D", "z", "initial_state")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_without_what_is_optional(without, implementation, dtype):
-    inputs = {k: v for k, v in make_inputs(length=65, dtype=dtype, device=DEVICE).items() if k not in without}
+def test_outputs_and_gradients_without_a_state(implementation, dtype):
+    inputs = make_inputs(length=65, dtype=dtype, device=DEVICE)
+    inputs.pop("initial_state")
     check(inputs, make_boundaries(2, 65).to(DEVICE), implementation, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -137,10 +129,11 @@ def test_outputs_and_gradients_without_what_is_optional(without, implementation,
 @pytest.mark.parametrize(("length", "batch"), [*itertools.product([1, 2, 63, 64, 65], [1, 3]), (1000, 1)])
 def test_half_precision(dtype, implementation, length, batch):
     inputs = make_inputs(batch=batch, length=length, dtype=dtype, device=DEVICE)
-    check(inputs, None, implementation, 1e-2)
+    # The output's gradient is rounded too, and A's adds up over the tokens.
+    check(inputs, None, implementation, 1e-2 if length < 1000 else 2e-2)
     # A sum of bfloat16 states would be off by percents; those of float32 are not.
     state = inputs.pop("initial_state").float()
-    options = {"delta_softplus": True, "initial_state": state, "return_final_state": True}
+    options = {"initial_state": state}
     y, final_state = selective_scan(**inputs, **options, implementation=implementation)
     exact = {k: v.double() for k, v in inputs.items()}
     expected = selective_scan(**exact, **options, implementation="reference")[1]
@@ -161,7 +154,7 @@ def test_strides_do_not_matter(implementation, batch, monkeypatch):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     leaf = {k: v.detach().requires_grad_() for k, v in inputs.items()}
     before = {k: v.clone() for k, v in inputs.items()}
-    y, state = selective_scan(**leaf, delta_softplus=True, return_final_state=True, implementation=implementation)
+    y, state = selective_scan(**leaf, implementation=implementation)
     weight = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view(y.shape)
     ((y.double() * weight).sum() + state.double().sin().sum()).backward()
     found = {"y": y, "final_state": state, **{f"gradient of {k}": v.grad for k, v in leaf.items()}}
@@ -169,7 +162,7 @@ def test_strides_do_not_matter(implementation, batch, monkeypatch):
         torch.testing.assert_close(found[name], expected[name])
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
     grad = torch.ones(y.shape, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
-    torch.autograd.grad(selective_scan(**leaf, delta_softplus=True, implementation=implementation), [leaf["u"]], grad)
+    torch.autograd.grad(selective_scan(**leaf, implementation=implementation)[0], [leaf["u"]], grad)
     assert torch.equal(grad, torch.ones_like(grad))
 
 
@@ -187,7 +180,7 @@ def test_equals_transformers():
     expected, expected_state = mamba_selective_scan(
         **{theirs.get(k, k): v for k, v in inputs.items()}, delta_softplus=True, return_last_state=True
     )
-    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
+    y, state = selective_scan(**inputs)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
@@ -196,11 +189,11 @@ def test_equals_transformers():
 def test_a_sequence_may_be_cut_anywhere(cuts):
     inputs = make_inputs(length=100, dtype=torch.float64)
     state = inputs.pop("initial_state")
-    whole, final = selective_scan(**inputs, initial_state=state, delta_softplus=True, return_final_state=True)
+    whole, final = selective_scan(**inputs, initial_state=state)
     pieces = []
     for begin, end in zip([0, *cuts], [*cuts, 100]):
         piece = {k: v[..., begin:end] if v.ndim == 3 else v for k, v in inputs.items()}
-        y, state = selective_scan(**piece, initial_state=state, delta_softplus=True, return_final_state=True)
+        y, state = selective_scan(**piece, initial_state=state)
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, dim=-1), whole)
     torch.testing.assert_close(state, final)
@@ -211,7 +204,7 @@ def test_packed_sequences_equal_each_alone(implementation):
     inputs = make_inputs(batch=1, length=60, device=DEVICE)
     inputs.pop("initial_state")
     seq_idx = torch.tensor([[0] * 7 + [1] * 1 + [2] * 52], device=DEVICE)
-    options = {"delta_softplus": True, "return_final_state": True, "implementation": implementation}
+    options = {"implementation": implementation}
     y, state = selective_scan(**inputs, seq_idx=seq_idx, **options)
     for begin, end in ((0, 7), (7, 8), (8, 60)):
         alone = {k: v[..., begin:end] if v.ndim == 3 else v for k, v in inputs.items()}
@@ -236,7 +229,7 @@ def test_a_step_of_minus_infinity_is_none(implementation):
     found = results(inputs, implementation=implementation)
     assert all(torch.isfinite(x).all() for x in found.values())
     short = {k: v[..., :10] if v.ndim == 3 and k != "initial_state" else v for k, v in inputs.items()}
-    final = selective_scan(**short, delta_softplus=True, return_final_state=True, implementation=implementation)[1]
+    final = selective_scan(**short, implementation=implementation)[1]
     torch.testing.assert_close(found["final_state"], final)
     assert not found["gradient of delta"][..., 10:].any()
 
@@ -244,10 +237,9 @@ def test_a_step_of_minus_infinity_is_none(implementation):
 @pytest.mark.parametrize("length", [1, 70])
 def test_autocast_changes_nothing(length):
     inputs = make_inputs(length=length)
-    options = {"delta_softplus": True, "return_final_state": True}
-    expected = selective_scan(**inputs, **options)
+    expected = selective_scan(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = selective_scan(**inputs, **options)
+        found = selective_scan(**inputs)
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
     if length > 1:
         expected = results(inputs)
@@ -259,17 +251,17 @@ def test_autocast_changes_nothing(length):
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0), (0, 0)])
 def test_nothing_to_scan(batch, length, implementation):
     inputs = make_inputs(batch=batch, length=length, device=DEVICE)
-    y, state = selective_scan(**inputs, return_final_state=True, implementation=implementation)
+    y, state = selective_scan(**inputs, implementation=implementation)
     assert y.shape == (batch, 6, length) and torch.equal(state, inputs["initial_state"])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("wanted", [("u",), ("A", "C"), ("initial_state",), ("delta_bias", "z")])
+@pytest.mark.parametrize("wanted", [("u",), ("A", "C"), ("initial_state",), ("D", "z")])
 def test_gradients_of_some_inputs(implementation, wanted):
     inputs = make_inputs(length=33, device=DEVICE)
     expected = results(inputs, implementation="reference")
     leaves = {k: v.requires_grad_(k in wanted) for k, v in inputs.items()}
-    y, state = selective_scan(**leaves, delta_softplus=True, return_final_state=True, implementation=implementation)
+    y, state = selective_scan(**leaves, implementation=implementation)
     weight = torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=torch.float64).view_as(y)
     ((y.double() * weight).sum() + state.double().sin().sum()).backward()
     for name, leaf in leaves.items():
@@ -285,7 +277,7 @@ def test_memory_does_not_grow_with_the_states(monkeypatch):
     inputs = {k: v.requires_grad_() for k, v in make_inputs(batch=1, channels=8, states=16, length=6000).items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        selective_scan(**inputs, delta_softplus=True)
+        selective_scan(**inputs)
     all_states = 8 * 16 * 6000
     assert max(kept) <= 8 * 6000 * 2
     assert sum(kept) < all_states * 2
@@ -324,7 +316,7 @@ def test_mamba_ssm_is_called_as_it_wants(monkeypatch):
         u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
     ):
         assert u.dtype == delta.dtype == B.dtype == C.dtype == z.dtype
-        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        assert A.dtype == D.dtype == torch.float32 and delta_bias is None and delta_softplus
         return jamba.mamba_selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state
         )
@@ -337,9 +329,8 @@ def test_mamba_ssm_is_called_as_it_wants(monkeypatch):
     monkeypatch.setattr(selective_scan_longllava, "choose_scan", lambda *args: "mamba_ssm")
     inputs = make_inputs(length=12)
     inputs.pop("initial_state")
-    y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
-    arguments = [inputs.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    expected, expected_state = selective_scan_longllava.selective_scan_reference(*arguments, True, None, None)
+    y, state = selective_scan(**inputs)
+    expected, expected_state = selective_scan_longllava.selective_scan_reference(*inputs.values(), None, None)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
@@ -350,7 +341,7 @@ def test_compiled_whole():
     for name in ("u", "delta", "z"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     scan = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
-    arguments = {**inputs, "delta_softplus": True, "implementation": "torch"}
+    arguments = {**inputs, "implementation": "torch"}
     with torch.no_grad():
         torch.testing.assert_close(scan(**arguments), selective_scan(**arguments))
 
@@ -365,7 +356,7 @@ import longllava_hf.scan_triton_longllava as scan
 for capability in (80, 90):
     for long in ("*bf16", "*fp32"):
         for kernel in (scan._scan_kernel, scan._scan_backward_kernel):
-            constants = {name: True for name in kernel.arg_names if name.startswith("HAS_") or name in ("SAVE", "SOFTPLUS")}
+            constants = {name: True for name in kernel.arg_names if name.startswith("HAS_") or name == "SAVE"}
             constants |= {"BLOCK": 32, "STATES": 16, "CHUNK": 64}
             typed = ("u", "delta", "B", "C", "z", "y", "grad_y", "grad_u", "grad_delta", "grad_z")
             types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}

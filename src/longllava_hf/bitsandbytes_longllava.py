@@ -214,13 +214,4 @@ def scale_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-__all__ = [
-    "BlockwiseWeight",
-    "RecomputedLinear",
-    "dequantize_4bit_layers",
-    "int8_parts",
-    "is_blockwise",
-    "row_quantizer",
-    "scale_bytes",
-    "use_own_products",
-]
+__all__ = ["BlockwiseWeight", "RecomputedLinear", "row_quantizer", "use_own_products"]

@@ -252,13 +252,4 @@ def restored_on_error(cache: Cache | None):
         raise
 
 
-__all__ = [
-    "LongLLaVACache",
-    "PreallocatedLayer",
-    "RecurrentLayer",
-    "cache_rows",
-    "cached_length",
-    "is_empty",
-    "layer_tensors",
-    "restored_on_error",
-]
+__all__ = ["LongLLaVACache", "PreallocatedLayer", "RecurrentLayer"]

@@ -131,36 +131,45 @@ def register_expert_conversion() -> None:
     )
 
 
+def _name_pairs(config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """Parts of the authors' names, and what they are in native ones."""
+    text_config, is_linear = config.get_text_config(), getattr(config, "projector_type", None) == "linear"
+    pairs = [
+        ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+        (".mamba.B_layernorm.", ".mamba.b_layernorm."),
+        (".mamba.C_layernorm.", ".mamba.c_layernorm."),
+        (".pre_moe_layernorm.", ".pre_ff_layernorm."),
+    ]
+    projector = [("", "linear_1.")] if is_linear else [("0.", "linear_1."), ("2.", "linear_2.")]
+    pairs += [(f"model.mm_projector.{old}", f"model.multi_modal_projector.{new}") for old, new in projector]
+    if isinstance(text_config, LongLLaVATextConfig):  # where a dense layer's MLP is an only expert
+        for i, experts in enumerate(text_config.layers_num_experts):
+            pairs.append((f".layers.{i}.moe.{'experts.0.' if experts == 1 else ''}", f".layers.{i}.feed_forward."))
+    if text_config is not config:
+        parts = ("embed_tokens", "layers", "final_layernorm", "norm")
+        pairs += [(f"model.{part}.", f"model.language_model.{part}.") for part in parts]
+    return pairs
+
+
+def _pattern(part: str) -> str:
+    # Not all published towers have the middle one of these names.
+    pattern = re.escape(part).replace(r"vision_model\.", r"(?:vision_model\.)?")
+    return pattern if part.startswith(".") else f"^{pattern}"
+
+
 def published_names(config: PreTrainedConfig) -> list[tuple[str, str]]:
     """
     The table from the authors' names to native ones: `(regular expression, replacement)`, to be applied in order. No
     native name matches any of them.
 
     Args:
-        config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]): which layers are dense decides what
-            `moe.experts.0` means in them.
+        config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]): which layers are dense decides what `moe.experts.0` means.
     """
-    names = [
-        (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-        (r"^model\.mm_projector\.(weight|bias)$", r"model.multi_modal_projector.linear_1.\1"),
-        (r"\.mamba\.B_layernorm\.", ".mamba.b_layernorm."),
-        (r"\.mamba\.C_layernorm\.", ".mamba.c_layernorm."),
-        (r"\.pre_moe_layernorm\.", ".pre_ff_layernorm."),
-    ]
-    text_config = config.get_text_config()
-    if isinstance(text_config, LongLLaVATextConfig):
-        dense = "|".join(str(i) for i, experts in enumerate(text_config.layers_num_experts) if experts == 1)
-        names.append((rf"\.layers\.({dense})\.moe\.experts\.0\.", r".layers.\1.feed_forward."))
-        names.append((r"\.moe\.(experts|router)\.", r".feed_forward.\1."))
-    if text_config is not config:
-        names.insert(0, (r"^model\.(embed_tokens|layers|final_layernorm|norm)\.", r"model.language_model.\1."))
-    return names
+    return [(_pattern(published), native) for published, native in _name_pairs(config)]
 
 
 def to_native_name(name: str, names: list[tuple[str, str]]) -> str:
-    """Apply the table of [`published_names`] to one name."""
+    """Apply a table as that of [`published_names`] to one name."""
     for pattern, replacement in names:
         name = re.sub(pattern, replacement, name, count=1)
     return name
@@ -168,20 +177,7 @@ def to_native_name(name: str, names: list[tuple[str, str]]) -> str:
 
 def to_published_name(name: str, config: PreTrainedConfig) -> str:
     """The authors' name of a native one: the inverse of [`to_native_name`]."""
-    dense = {i for i, experts in enumerate(config.get_text_config().layers_num_experts) if experts == 1}
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    if name.startswith("model.language_model."):
-        name = name.replace("model.language_model.", "model.", 1)
-        name = name.replace(".b_layernorm.", ".B_layernorm.").replace(".c_layernorm.", ".C_layernorm.")
-        name = name.replace(".pre_ff_layernorm.", ".pre_moe_layernorm.")
-        experts = ".moe.experts.0." if layer and int(layer.group(1)) in dense else ".moe."
-        return name.replace(".feed_forward.", experts)
-    if name.startswith("model.vision_tower."):
-        return name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.", 1)
-    if config.projector_type == "linear":
-        return name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.")
-    name = name.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
-    return name.replace("model.multi_modal_projector.linear_2.", "model.mm_projector.2.")
+    return to_native_name(name, [(_pattern(native), published) for published, native in _name_pairs(config)])
 
 
 @contextlib.contextmanager
@@ -474,20 +470,4 @@ class PublishedPreTrainedModel(PreTrainedModel):
         return super().dequantize(dtype)
 
 
-__all__ = [
-    "PublishedPreTrainedModel",
-    "atomic_write",
-    "check_weights",
-    "checkpoint_files",
-    "damaged_files",
-    "expected_shapes",
-    "expert_names",
-    "has_vision_tower",
-    "load_vision_tower",
-    "published_names",
-    "read_headers",
-    "read_lazily",
-    "register_expert_conversion",
-    "to_native_name",
-    "to_published_name",
-]
+__all__ = ["PublishedPreTrainedModel", "check_weights", "published_names", "to_native_name", "to_published_name"]

@@ -394,7 +394,7 @@ def model_fingerprint(model: nn.Module) -> str:
 def processor_fingerprint(processor: Any) -> str:
     """A hash of what a processor makes of pictures and text."""
     image_processor = processor.image_processor
-    names = (
+    names = [
         "size",
         "crop_size",
         "resample",
@@ -403,7 +403,7 @@ def processor_fingerprint(processor: Any) -> str:
         "image_std",
         "rescale_factor",
         "image_seq_length",
-    )
+    ]
     parts = [
         {name: repr(getattr(image_processor, name, None)) for name in names},
         processor.chat_template,
@@ -412,10 +412,4 @@ def processor_fingerprint(processor: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-__all__ = [
-    "LongLLaVAContext",
-    "context_metadata",
-    "hash_image",
-    "model_fingerprint",
-    "processor_fingerprint",
-]
+__all__ = ["LongLLaVAContext", "context_metadata"]

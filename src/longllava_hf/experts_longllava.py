@@ -232,12 +232,4 @@ def choose_experts_forward(
     return experts_grouped
 
 
-__all__ = [
-    "ExpertWeights",
-    "choose_experts_forward",
-    "experts_grouped",
-    "experts_loop",
-    "experts_reference",
-    "experts_routed",
-    "unpack_experts",
-]
+__all__ = ["ExpertWeights", "experts_grouped", "experts_loop", "experts_reference", "experts_routed", "unpack_experts"]

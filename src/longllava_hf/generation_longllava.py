@@ -570,9 +570,4 @@ def _infer_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tens
     return (input_ids != pad).long()
 
 
-__all__ = [
-    "LongLLaVAGenerationMixin",
-    "check_image_tokens",
-    "default_chunk_size",
-    "image_batches",
-]
+__all__ = ["LongLLaVAGenerationMixin"]

@@ -373,12 +373,4 @@ def routed_mlp_triton(
     return output
 
 
-__all__ = [
-    "grouped_linear",
-    "grouped_linear_triton",
-    "has_triton_kernels",
-    "planned_device",
-    "quantize_rows",
-    "routed_mlp_triton",
-    "scaled_linear",
-]
+__all__ = ["grouped_linear", "grouped_linear_triton", "quantize_rows", "routed_mlp_triton", "scaled_linear"]

@@ -378,24 +378,4 @@ def register_quantization() -> None:
         register_quantization_config(INT8_METHOD)(LongLLaVAInt8Config)
 
 
-__all__ = [
-    "BITS",
-    "KEPT_MODULES",
-    "QUANTIZATIONS",
-    "LongLLaVAInt8Config",
-    "LongLLaVAInt8HfQuantizer",
-    "LongLLaVAInt8Linear",
-    "LongLLaVAInt8Quantize",
-    "bits_of",
-    "check_device_memory",
-    "convertible_layers",
-    "dense_linear",
-    "int8_linear",
-    "named_quantization",
-    "prepare_quantization",
-    "register_quantization",
-    "replace_linear_layers",
-    "skip_patterns",
-    "stored_quantization",
-    "weight_bytes",
-]
+__all__ = ["LongLLaVAInt8Config", "LongLLaVAInt8HfQuantizer", "LongLLaVAInt8Linear", "named_quantization"]

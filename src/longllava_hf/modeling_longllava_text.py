@@ -284,10 +284,8 @@ class LongLLaVAMambaMixer(nn.Module):
             C,
             D=self.D,
             z=gate,
-            delta_softplus=True,
             initial_state=recurrent_state,
             seq_idx=seq_idx,
-            return_final_state=True,
             implementation=self.config.scan_implementation,
         )
         if cache is not None:
@@ -702,12 +700,4 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
         )
 
 
-__all__ = [
-    "LongLLaVAForCausalLM",
-    "LongLLaVATextModel",
-    "LongLLaVATextPreTrainedModel",
-    "check_cache",
-    "language_modeling_outputs",
-    "packed_sequences",
-    "positions_in_sequences",
-]
+__all__ = ["LongLLaVAForCausalLM", "LongLLaVATextModel", "LongLLaVATextPreTrainedModel"]

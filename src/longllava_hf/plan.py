@@ -351,12 +351,4 @@ def published_shape(name: str) -> LongLLaVAConfig:
     return LongLLaVAConfig(text_config=dict(SHAPES[name]))
 
 
-__all__ = [
-    "SHAPES",
-    "MemoryPlan",
-    "MemoryPlanner",
-    "MemoryTracker",
-    "build_on_meta",
-    "draw_plan",
-    "published_shape",
-]
+__all__ = ["SHAPES", "MemoryPlan", "MemoryPlanner", "MemoryTracker", "draw_plan", "published_shape"]

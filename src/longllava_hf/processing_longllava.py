@@ -398,13 +398,11 @@ def _as_dict(item: Any) -> Any:
     return {name: value for name, value in item.__dict__.items() if value is not None}
 
 
-def _tower_settings(tower: str) -> dict:
+def _tower_settings(tower: str) -> dict[str, Any]:
     """How the tower's own folder says that pictures are prepared for it; nothing where it is elsewhere."""
-    file = os.path.join(tower, IMAGE_PROCESSOR_NAME)
-    if not os.path.isfile(file):
+    if not os.path.isfile(os.path.join(tower, IMAGE_PROCESSOR_NAME)):
         return {}
-    with open(file, encoding="utf-8") as stream:
-        stored = json.load(stream)
+    stored, _ = LongLLaVAImageProcessor.get_image_processor_dict(tower)
     names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
     return {name: stored[name] for name in names if name in stored}
 

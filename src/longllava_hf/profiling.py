@@ -18,7 +18,8 @@ def _now(model: Any) -> float:
 @contextmanager
 def _watch_parts(model: Any):
     """Seconds that the parts of a decoder's layers take, by their class, and what is around the layers."""
-    decoder, seconds, started = model.get_decoder(), defaultdict(float), 0.0
+    decoder, started = model.get_decoder(), 0.0
+    seconds: defaultdict[str, float] = defaultdict(float)
     parts = [part for layer in [*decoder.layers, decoder] for part in layer.children() if part is not decoder.layers]
 
     def start(*_):

@@ -62,7 +62,7 @@ class _Block:
     Everything that a whole sequence of would be too large is made here, and gone with it.
     """
 
-    def __init__(self, tensors: dict, tokens: slice, channels: slice, delta_softplus: bool, scratch: _Scratch):
+    def __init__(self, tensors: dict, tokens: slice, channels: slice, scratch: _Scratch):
         dtype, self.scratch = tensors["A"].dtype, scratch
 
         def take(name: str) -> torch.Tensor:
@@ -71,13 +71,7 @@ class _Block:
 
         self.u, self.B, self.C = take("u"), take("B").unsqueeze(-1), take("C").unsqueeze(-1)
         self.A = tensors["A"][:, channels]  # (n, d)
-        self.D: Any = None if tensors["D"] is None else tensors["D"][channels]
-        self.z: Any = None if tensors["z"] is None else take("z")
-        step = take("delta")
-        if tensors["delta_bias"] is not None:
-            step = step + tensors["delta_bias"][channels]  # not in place: it may be the input itself
-        self.dt = F.softplus(step) if delta_softplus else step
-        del step
+        self.D, self.z, self.dt = tensors["D"][channels], take("z"), F.softplus(take("delta"))
         self.drive = self.dt * self.u
         self.carries_on = None
         if tensors["resets"] is not None:
@@ -102,10 +96,10 @@ class _Block:
         """The output `(l, b, d)`, not yet gated."""
         C = self.C[tokens].transpose(2, 3)
         y = torch.matmul(C, states, out=None if out is None else out.unsqueeze(2)).squeeze(2)
-        return y if self.D is None else y.addcmul_(self.u[tokens], self.D)
+        return y.addcmul_(self.u[tokens], self.D)
 
     def gated(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.z is None else y.mul_(F.silu(self.z))
+        return y.mul_(F.silu(self.z))
 
 
 def _block_sizes(batch: int, channels: int, states: int, length: int) -> tuple[int, int, int]:
@@ -125,12 +119,11 @@ def _output_buffer(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
-def _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> dict[str, Any]:
+def _prepare(u, delta, A, B, C, D, z, seq_idx) -> dict[str, Any]:
     """What is small in the dtype of the state; what is long as it is."""
     dtype = state_dtype(u)
-    D, delta_bias = (None if x is None else x.to(dtype) for x in (D, delta_bias))
     resets = None if seq_idx is None else sequence_starts(seq_idx)
-    small = {"A": A.to(dtype).T.contiguous(), "D": D, "delta_bias": delta_bias, "resets": resets}
+    small = {"A": A.to(dtype).T.contiguous(), "D": D.to(dtype), "resets": resets}
     return {"u": u, "delta": delta, "B": B, "C": C, "z": z, **small}
 
 
@@ -138,10 +131,10 @@ class BlockedScan(torch.autograd.Function):
     """The scan in blocks of tokens and groups of channels; see [`selective_scan`] for the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+    def forward(ctx: Any, u, delta, A, B, C, D, z, initial_state, seq_idx):
         dtype = state_dtype(u)
         (batch, channels, length), states = u.shape, A.shape[1]
-        tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
+        tensors = _prepare(u, delta, A, B, C, D, z, seq_idx)
         group, block, stretch = _block_sizes(batch, channels, states, length)
         scratch = _Scratch(2, block * batch * states * group, u, dtype)
         y = torch.empty_like(u)
@@ -155,7 +148,7 @@ class BlockedScan(torch.autograd.Function):
                 state = initial_state[:, part].to(dtype).transpose(1, 2).contiguous()
             for start in range(0, length, stretch):
                 tokens = slice(start, start + stretch)
-                now = _Block(tensors, tokens, part, delta_softplus, scratch)
+                now = _Block(tensors, tokens, part, scratch)
                 output = _output_buffer(y[:, part, tokens], dtype)
                 for first_token in range(0, len(output), block):
                     if any(ctx.needs_input_grad):
@@ -168,8 +161,7 @@ class BlockedScan(torch.autograd.Function):
                 del now, output  # before the next ones are made
             final_state[:, part] = state.transpose(1, 2)
         if starts:
-            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *starts)
-            ctx.delta_softplus = delta_softplus
+            ctx.save_for_backward(u, delta, A, B, C, D, z, initial_state, seq_idx, *starts)
         return y, final_state
 
     @staticmethod
@@ -180,15 +172,14 @@ class BlockedScan(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, grad_y: torch.Tensor, grad_final_state: torch.Tensor):
-        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *starts = ctx.saved_tensors
+        u, delta, A, B, C, D, z, initial_state, seq_idx, *starts = ctx.saved_tensors
         dtype = state_dtype(u)
         (batch, channels, length), states = u.shape, A.shape[1]
-        tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-        grad_z: Any = None if z is None else torch.empty_like(z)
+        tensors = _prepare(u, delta, A, B, C, D, z, seq_idx)
+        grad_u, grad_delta, grad_z = (torch.empty_like(x) for x in (u, delta, z))
         # Sums over channels or tokens, in the dtype of the state.
         grad_A, grad_B, grad_C = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (A.T, B, C))
-        grad_D, grad_bias = (u.new_zeros(channels, dtype=dtype) for _ in range(2))
+        grad_D = u.new_zeros(channels, dtype=dtype)
         grad_state = u.new_empty(batch, channels, states, dtype=dtype)
         group, block, _ = _block_sizes(batch, channels, states, length)
         scratch = _Scratch(3, block * batch * states * group, u, dtype)
@@ -198,15 +189,14 @@ class BlockedScan(torch.autograd.Function):
             carry = grad_final_state[:, part].to(dtype).transpose(1, 2).contiguous()  # of the state after the block
             for number in reversed(range(len(blocks))):
                 tokens = slice(blocks[number], blocks[number] + block)
-                now = _Block(tensors, tokens, part, ctx.delta_softplus, scratch)
+                now = _Block(tensors, tokens, part, scratch)
                 start = starts[first // group * len(blocks) + number]
                 decay, h = now.states(start)
                 grad = _time_first(grad_y[:, part, tokens]).to(dtype)
-                if z is not None:
-                    gate = torch.sigmoid(now.z)
-                    slope = gate * (1 + now.z * (1 - gate))  # of silu
-                    grad_z[:, part, tokens] = (grad * now.read(h) * slope).permute(1, 2, 0)
-                    grad = grad * now.z * gate
+                gate = torch.sigmoid(now.z)
+                slope = gate * (1 + now.z * (1 - gate))  # of silu
+                grad_z[:, part, tokens] = (grad * now.read(h) * slope).permute(1, 2, 0)
+                grad = grad * now.z * gate
 
                 # The recurrence backwards: what the output and the next token want of each state.
                 each_decay, (grad_h, each_grad) = now.buffer(0)[1], now.buffer(2)
@@ -228,14 +218,9 @@ class BlockedScan(torch.autograd.Function):
                     grad_dt.addcmul_(exponent, rate)
                 grad_A[:, part] += (decay.mul_(now.dt.unsqueeze(2))).sum((0, 1))
 
-                grad_u_now = grad_drive * now.dt
-                if D is not None:
-                    grad_u_now.addcmul_(grad, now.D)
-                    grad_D[part] += (grad * now.u).sum((0, 1))
-                if ctx.delta_softplus:
-                    grad_dt *= -torch.expm1(-now.dt)  # the softplus' slope, told from its value
-                grad_bias[part] += grad_dt.sum((0, 1))
-                grad_u[:, part, tokens] = grad_u_now.permute(1, 2, 0)
+                grad_dt *= -torch.expm1(-now.dt)  # the softplus' slope, told from its value
+                grad_D[part] += (grad * now.u).sum((0, 1))
+                grad_u[:, part, tokens] = torch.addcmul(grad_drive * now.dt, grad, now.D).permute(1, 2, 0)
                 grad_delta[:, part, tokens] = grad_dt.permute(1, 2, 0)
             grad_state[:, part] = carry.transpose(1, 2)
         return (
@@ -244,23 +229,21 @@ class BlockedScan(torch.autograd.Function):
             grad_A.T.to(A.dtype),
             grad_B.to(B.dtype),
             grad_C.to(C.dtype),
-            None if D is None else grad_D.to(D.dtype),
+            grad_D.to(D.dtype),
             grad_z,
-            None if delta_bias is None else grad_bias.to(delta_bias.dtype),
-            None,
             None if initial_state is None else grad_state.to(initial_state.dtype),
             None,
         )
 
 
-def allocate_block(y, u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx) -> None:
+def allocate_block(y, u, delta, A, B, C, D, z, seq_idx) -> None:
     """On `meta`, for an output `y`: the tensors that [`BlockedScan`] makes for one stretch of tokens, its most at a time."""
     dtype = state_dtype(u)
     (batch, channels, length), states = u.shape, A.shape[1]
     group, block, stretch = _block_sizes(batch, channels, states, length)
     scratch = _Scratch(2, block * batch * states * group, u, dtype)
-    tensors = _prepare(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-    now = _Block(tensors, slice(stretch), slice(group), delta_softplus, scratch)
+    tensors = _prepare(u, delta, A, B, C, D, z, seq_idx)
+    now = _Block(tensors, slice(stretch), slice(group), scratch)
     now.gated(_output_buffer(y[:, :group, :stretch], dtype))
 
 

@@ -3,7 +3,7 @@
 The recurrence of a Mamba layer (arXiv 2312.00752, section 3), as a function from a state to a state.
 
 Symbols, used throughout: `b` batch, `d` channels (`d_inner`), `n` states of a channel (`d_state`), `l` length.
-With `dt = softplus(delta + delta_bias)`, token by token and for every channel and state:
+With `dt = softplus(delta)`, token by token and for every channel and state:
 
     h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * B[t] * u[t]
     y[t] = (sum over n of C[t] * h[t]  +  D * u[t]) * silu(z[t])
@@ -35,14 +35,11 @@ from .scan_blocked_longllava import BlockedScan, allocate_block, state_dtype
 from .scan_triton_longllava import TritonScan
 
 
-def selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+def selective_scan_reference(u, delta, A, B, C, D, z, initial_state, seq_idx):
     """The equations above, one token after the other, from the arguments of [`selective_scan`] to output and state."""
     output_dtype, dtype = u.dtype, state_dtype(u)
-    u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
+    u, delta, A, B, C, D, z = (x.to(dtype) for x in (u, delta, A, B, C, D, z))
+    delta = F.softplus(delta)
     state = u.new_zeros(*u.shape[:2], A.shape[1]) if initial_state is None else initial_state.to(dtype)
     resets = None if seq_idx is None else sequence_starts(seq_idx)
     outputs = []
@@ -52,53 +49,41 @@ def selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus
             state = torch.where(resets[:, t, None, None], 0.0, state)
         state = torch.exp(dt * A) * state + dt * B[:, None, :, t] * u[:, :, t, None]  # (b, d, n)
         outputs.append((state * C[:, None, :, t]).sum(-1))
-    y = torch.stack(outputs, dim=-1)
-    if D is not None:
-        y = y + u * D.to(dtype)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
+    y = (torch.stack(outputs, dim=-1) + u * D[:, None]) * F.silu(z)
     return y.to(output_dtype), state
 
 
-def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+def _mamba_ssm_scan(u, delta, A, B, C, D, z, initial_state, seq_idx):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
     # One dtype for all; step sizes would lose digits in a narrower one.
-    x, delta, B, C, z = (None if t is None else t.to(delta.dtype) for t in (u, delta, B, C, z))
-    y, state = selective_scan_fn(x, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state=True)
+    x, B, C, z = (t.to(delta.dtype) for t in (u, B, C, z))
+    options = {"delta_softplus": True, "return_last_state": True}
+    y, state = selective_scan_fn(x, delta, A.float(), B, C, D.float(), z, **options)
     return y.to(u.dtype), state
 
 
-def _one_token(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+def _one_token(u, delta, A, B, C, D, z, initial_state, seq_idx):
     """A step of the recurrence in a handful of operations, which `torch.compile` can fuse and autograd follow."""
     dtype = state_dtype(u)
-    dt, x = delta.to(dtype), u.to(dtype)  # (b, d, 1)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dtype)[:, None]
-    if delta_softplus:
-        dt = F.softplus(dt)
+    dt, x = F.softplus(delta.to(dtype)), u.to(dtype)  # (b, d, 1)
     state = (dt * x) * B.to(dtype).transpose(1, 2)
     if initial_state is not None:
         state = torch.addcmul(state, torch.exp(dt * A.to(dtype)), initial_state.to(dtype))
-    y = state @ C.to(dtype)  # (b, d, 1)
-    if D is not None:
-        y = torch.addcmul(y, x, D.to(dtype)[:, None])
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype), state
+    y = torch.addcmul(state @ C.to(dtype), x, D.to(dtype)[:, None])  # (b, d, 1)
+    return (y * F.silu(z.to(dtype))).to(u.dtype), state
 
 
 @torch.no_grad()
-def _meta_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+def _meta_scan(u, delta, A, B, C, D, z, initial_state, seq_idx):
     """On `meta`: what the scan would allocate, and nothing else."""
     y, final_state = torch.empty_like(u), u.new_empty(*u.shape[:2], A.shape[1], dtype=state_dtype(u))
     if not has_triton_kernels(u):
-        allocate_block(y, u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx)
+        allocate_block(y, u, delta, A, B, C, D, z, seq_idx)
     return y, final_state
 
 
-def _no_tokens(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx):
+def _no_tokens(u, delta, A, B, C, D, z, initial_state, seq_idx):
     """Nothing happens to the state."""
     dtype = state_dtype(u)
     if initial_state is None:
@@ -150,37 +135,31 @@ def selective_scan(
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    delta_bias: torch.Tensor | None = None,
-    delta_softplus: bool = False,
+    D: torch.Tensor,
+    z: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
-    return_final_state: bool = False,
     implementation: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The selective scan, with gradients for all inputs and memory for one value a token and channel, not for its states.
 
     Args:
         u (`torch.Tensor` of shape `(b, d, l)`): input.
-        delta (`torch.Tensor` of shape `(b, d, l)`): step size, before its bias and softplus.
+        delta (`torch.Tensor` of shape `(b, d, l)`): step size, before its softplus.
         A (`torch.Tensor` of shape `(d, n)`): decay rates, negative.
         B (`torch.Tensor` of shape `(b, n, l)`): input to state.
         C (`torch.Tensor` of shape `(b, n, l)`): state to output.
-        D (`torch.Tensor` of shape `(d,)`, *optional*): skip connection.
-        z (`torch.Tensor` of shape `(b, d, l)`, *optional*): gate.
-        delta_bias (`torch.Tensor` of shape `(d,)`, *optional*): added to `delta` in the dtype of the state.
-        delta_softplus (`bool`, defaults to `False`): whether `delta` then goes through a softplus.
+        D (`torch.Tensor` of shape `(d,)`): skip connection.
+        z (`torch.Tensor` of shape `(b, d, l)`): gate.
         initial_state (`torch.Tensor` of shape `(b, d, n)`, *optional*): state before the first token, zero if not given.
         seq_idx (`torch.Tensor` of shape `(b, l)`, *optional*): number of the sequence that each token belongs to; where
             it changes, the state starts from zero. The first token's sequence is the one that `initial_state` is of.
-        return_final_state (`bool`, defaults to `False`): return the state after the last token too.
         implementation (`str`, *optional*): see [`choose_scan`].
 
     Returns:
-        `torch.Tensor` of shape `(b, d, l)` in `u`'s dtype; with `return_final_state`, also the final state
-        `(b, d, n)` in float32 (float64 for float64 inputs). Gradients have no gradients of their own.
+        the output `(b, d, l)` in `u`'s dtype, and the state after the last token `(b, d, n)` in float32 (float64 for float64
+        inputs). Gradients have no gradients of their own.
 
     Raises:
         ValueError: as [`choose_scan`].
@@ -193,12 +172,10 @@ def selective_scan(
         scan = _no_tokens
     elif u.shape[-1] == 1 and name == "torch":
         scan = _one_token
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx)
     has_autocast = not u.is_meta and torch.is_autocast_enabled(u.device.type)
     # States are float32, whatever surrounds them.
     with torch.autocast(u.device.type, enabled=False) if has_autocast else nullcontext():
-        y, final_state = scan(*arguments)
-    return (y, final_state) if return_final_state else y
+        return scan(u, delta, A, B, C, D, z, initial_state, seq_idx)
 
 
 __all__ = ["choose_scan", "selective_scan", "selective_scan_reference"]
