@@ -7,13 +7,7 @@ LongLLaVA for Transformers. Importing this package registers the model with the 
 from pathlib import Path
 
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 # Older releases hide this class behind torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor

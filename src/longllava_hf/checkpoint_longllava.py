@@ -114,10 +114,7 @@ def register_expert_conversion() -> None:
         LongLLaVATextConfig.model_type,
         [
             LazyWeightConverter(
-                source_patterns=[
-                    "feed_forward.experts.*.gate_proj.weight",
-                    "feed_forward.experts.*.up_proj.weight",
-                ],
+                source_patterns=["feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"],
                 target_patterns=r"feed_forward.experts.gate_up_proj.weight(?![\w.])",
                 operations=[StackExperts()],
             ),

@@ -36,10 +36,22 @@ _DEFAULT_VISION_CONFIG = {
     "patch_size": 14,
 }
 
-# LLaVA's names for what Transformers calls `vision_feature_select_strategy`.
-_SELECT_FEATURE_TO_STRATEGY = {"patch": "default", "cls_patch": "full"}
-_STRATEGY_TO_SELECT_FEATURE = {v: k for k, v in _SELECT_FEATURE_TO_STRATEGY.items()}
-
+# A published configuration's keys, by what they are called here, and the values of those that have a few. The authors
+# have no image token id, and set `resamplePooling` by hand: where it is missing it is 2d, an explicit null means none.
+_PUBLISHED_KEYS = {
+    "vision_feature_layer": "mm_vision_select_layer",
+    "vision_feature_select_strategy": "mm_vision_select_feature",
+    "projector_type": "mm_projector_type",
+    "pooling_mode": "resamplePooling",
+    "image_token_id": "image_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_PUBLISHED_VALUES: dict[str, dict[str | None, str]] = {
+    "mm_vision_select_feature": {"patch": "default", "cls_patch": "full"},
+    "mm_projector_type": {"mlp2x_gelu": "mlp2x_gelu", "linear": "linear"},
+    "resamplePooling": {"2d": "2d", "1d": "1d", "none": "none", None: "none"},
+    "mm_patch_merge_type": {"flat": "flat"},
+}
 # Keys of a published configuration that speak of the picture side, or of a Transformers release long gone.
 _PUBLISHED_ONLY_KEYS = {
     "image_token_id", "image_aspect_ratio", "resamplePooling", "use_mamba_kernels", "calc_logits_for_entire_prompt",
@@ -378,20 +390,11 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
         ValueError: for a projector, feature, pooling or merge type that LongLLaVA does not have.
     """
     flat = copy.deepcopy(config_dict)
-
-    def translate(key: str, default, allowed: dict):
-        value = flat.get(key, default)
-        if value not in allowed:
+    for key, values in _PUBLISHED_VALUES.items():
+        if key in flat and flat[key] not in list(values):
             raise ValueError(
-                f"`{key}` must be one of {list(allowed)}, but the checkpoint's config.json has {value!r}."
+                f"`{key}` must be one of {list(values)}, but the checkpoint's config.json has {flat[key]!r}."
             )
-        return allowed[value]
-
-    # Set by hand upstream and often missing: missing means 2d, an explicit null means none.
-    pooling_mode = translate("resamplePooling", "2d", {"2d": "2d", "1d": "1d", "none": "none", None: "none"})
-    strategy = translate("mm_vision_select_feature", "patch", _SELECT_FEATURE_TO_STRATEGY)
-    projector_type = translate("mm_projector_type", "mlp2x_gelu", {"mlp2x_gelu": "mlp2x_gelu", "linear": "linear"})
-    translate("mm_patch_merge_type", "flat", {"flat": "flat"})
     tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
     vision_config = dict(_DEFAULT_VISION_CONFIG)
     if tower != DEFAULT_VISION_TOWER:
@@ -413,15 +416,10 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
         "text_config": text_config,
         "vision_config": vision_config,
         "vision_tower": remembered,
-        # Not the authors' key, who have no such id.
-        "image_token_id": flat.get("image_token_id", LongLLaVAConfig.image_token_id),
-        "vision_feature_layer": flat.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": strategy,
-        "pooling_mode": pooling_mode,
-        "pooling_order": "before_projector",
-        "projector_type": projector_type,
-        "tie_word_embeddings": flat.get("tie_word_embeddings", False),
     }
+    for name, key in _PUBLISHED_KEYS.items():
+        if key in flat:
+            native[name] = _PUBLISHED_VALUES[key][flat[key]] if key in _PUBLISHED_VALUES else flat[key]
     if (dtype := text_config.pop("torch_dtype", text_config.pop("dtype", None))) is not None:
         native["dtype"] = dtype
     native.update({key: flat[key] for key in _CALLER_KEYS if key in flat})
@@ -457,26 +455,22 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
         )
     for key in ("model_type", "transformers_version", "architectures", "_name_or_path"):
         flat.pop(key, None)
-    flat.update(
-        {
-            "model_type": LlavaJambaConfig.model_type,
-            "architectures": ["LlavaJambaForCausalLM"],
-            "mm_vision_tower": vision_tower,
-            "image_token_id": config.image_token_id,
-            "mm_hidden_size": config.vision_config.hidden_size,
-            "mm_vision_select_layer": config.vision_feature_layer,
-            "mm_vision_select_feature": _STRATEGY_TO_SELECT_FEATURE[config.vision_feature_select_strategy],
-            "mm_projector_type": config.projector_type,
-            "mm_patch_merge_type": "flat",
-            "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False,
-            "image_aspect_ratio": "pad",
-            "resamplePooling": None if config.pooling_mode == "none" else config.pooling_mode,
-            "tie_word_embeddings": config.tie_word_embeddings,
-            "torch_dtype": flat.pop("dtype", None) or str(config.dtype or "float32").removeprefix("torch."),
-        }
-    )
-    return flat
+    for name, key in _PUBLISHED_KEYS.items():
+        published = {native: value for value, native in _PUBLISHED_VALUES.get(key, {}).items()}
+        flat[key] = published.get(getattr(config, name), getattr(config, name))
+    dtype = flat.pop("dtype", None) or str(config.dtype or "float32").removeprefix("torch.")
+    return {
+        **flat,
+        "model_type": LlavaJambaConfig.model_type,
+        "architectures": ["LlavaJambaForCausalLM"],
+        "mm_vision_tower": vision_tower,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "torch_dtype": dtype,
+    }
 
 
 __all__ = ["LAYER_TYPES", "SUPPORTED_DECODERS", "LongLLaVAConfig", "LongLLaVATextConfig"]

@@ -229,12 +229,8 @@ def named_quantization(name: str, dtype: torch.dtype | None = None) -> Quantizat
         return BitsAndBytesConfig(load_in_8bit=True)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("nf4 needs bitsandbytes: `pip install 'longllava_hf[int8]'`. Without it there is int8.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    options: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)
 
 
 def describe_quantization(config: QuantizationConfigMixin | dict) -> str:
