@@ -105,9 +105,7 @@ class PreallocatedLayer(DynamicLayer):
         """As [`DynamicLayer.crop`], on every Transformers release."""
         length = self.get_seq_length()
         if not -length <= tokens_to_remove <= 0:
-            raise ValueError(
-                f"`tokens_to_remove` must be between {-length} and 0, as {length} are cached, but is {tokens_to_remove}."
-            )
+            raise ValueError(f"`tokens_to_remove` must be between {-length} and 0, but is {tokens_to_remove}.")
         if tokens_to_remove:
             self.keys, self.values = (x[..., :tokens_to_remove, :] for x in (self.keys, self.values))  # type: ignore[index]
 

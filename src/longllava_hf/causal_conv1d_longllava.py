@@ -72,10 +72,8 @@ def causal_conv1d(
     """
     plain = conv1d.get_base_layer() if hasattr(conv1d, "get_base_layer") else conv1d
     width = plain.kernel_size[0]
-    if initial_state is not None and initial_state.shape != (*x.shape[:2], width):
-        raise ValueError(
-            f"`initial_state` must have the shape {(*x.shape[:2], width)}, but it is {tuple(initial_state.shape)}."
-        )
+    if initial_state is not None and initial_state.shape != (shape := (*x.shape[:2], width)):
+        raise ValueError(f"`initial_state` must have the shape {shape}, but it is {tuple(initial_state.shape)}.")
     # A kernel of width k sees k - 1 tokens of the past; the state holds one more, as Transformers' caches do.
     past = None if initial_state is None else initial_state[..., 1:].to(x.dtype)
     if _knows_causal_conv1d(x, conv1d, has_both=past is not None and seq_idx is not None):

@@ -16,11 +16,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps
@@ -37,14 +36,12 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
 from .compat_longllava import LazyWeightConverter, save_registered_names, take_adapter
-from .configuration_longllava import LongLLaVATextConfig, locate_vision_tower
+from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower
 from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
 
 logger = logging.get_logger(__name__)
 
-# What says where files come from.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _VISION_TOWER = "vision_tower."
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
@@ -248,17 +245,17 @@ def read_headers(checkpoint_files: list[str], source: Any) -> dict[str, Any]:
 
 
 def checkpoint_files(
-    name: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **hub_arguments
+    name: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **where
 ) -> list[str]:
     """The files of a checkpoint's weights, as [`~PreTrainedModel.from_pretrained`] finds them; none under other names."""
     safe = [] if use_safetensors is False else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     for file_name in [*safe, *([] if use_safetensors else [WEIGHTS_NAME, WEIGHTS_INDEX_NAME])]:
         stem, extension = file_name.rsplit(".", 1)
         try:
-            file: Any = cached_file(name, ".".join(filter(None, (stem, variant, extension))), **hub_arguments)
+            file: Any = cached_file(name, ".".join(filter(None, (stem, variant, extension))), **where)
         except OSError:
             continue
-        return [file] if ".index." not in file_name else get_checkpoint_shard_files(name, file, **hub_arguments)[0]
+        return [file] if ".index." not in file_name else get_checkpoint_shard_files(name, file, **where)[0]
     return []
 
 
@@ -356,10 +353,6 @@ def check_weights(
     return found.keys() - expected.keys()
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-
-
 class PublishedPreTrainedModel(PreTrainedModel):
     """A model whose `from_pretrained` reads native and published checkpoints, and leaves no weight to chance."""
 
@@ -377,7 +370,6 @@ class PublishedPreTrainedModel(PreTrainedModel):
             OSError: if there are no weights, or a file of them is damaged.
         """
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        loaded: Any
         config, requested = kwargs.get("config"), kwargs.pop("quantization_config", None)
         if not isinstance(config, PreTrainedConfig) and (name or config) is not None:
             overrides = {key: value for key, value in kwargs.items() if key not in ("config", "dtype", "torch_dtype")}
@@ -388,21 +380,17 @@ class PublishedPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = requested
         if config is not None:
             kwargs["key_mapping"] = {**dict(published_names(config)), **(kwargs.get("key_mapping") or {})}
-        adapter = None
-        try:
-            tensors = {}
-            if name is not None and kwargs.get("state_dict") is None:
-                tensors = cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)
-            if tensors:  # Transformers takes tensors or a name, and with them looks for nothing else
-                adapter = take_adapter(name, kwargs, _hub_arguments(kwargs))
-                kwargs.update(state_dict=tensors, config=kwargs.get("config") or name)
-                if kwargs.get("generation_config") is None and cls.can_generate():
-                    with contextlib.suppress(OSError):
-                        kwargs["generation_config"] = GenerationConfig.from_pretrained(name, **_hub_arguments(kwargs))
-            path = None if tensors else name
-            loaded = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except (SafetensorError, UnpicklingError, EOFError) as error:
-            raise OSError(f"The weights of `{name}` are damaged: {damaged_files(name) or error}") from error
+        adapter, tensors = None, {}
+        if name is not None and kwargs.get("state_dict") is None:
+            tensors = cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)
+        if tensors:  # Transformers takes tensors or a name, and with them looks for nothing else
+            adapter = take_adapter(name, kwargs, hub_arguments(kwargs))
+            kwargs.update(state_dict=tensors, config=kwargs.get("config") or name)
+            if kwargs.get("generation_config") is None and cls.can_generate():
+                with contextlib.suppress(OSError):
+                    kwargs["generation_config"] = GenerationConfig.from_pretrained(name, **hub_arguments(kwargs))
+        path = None if tensors else name
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         if name is not None and info["missing_keys"]:
             raise ValueError(f"Weights of `{name}` are missing: {', '.join(sorted(info['missing_keys']))}")
@@ -425,7 +413,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
             values of safetensors files are read when they are used.
         """
         options = {key: kwargs.get(key) for key in ("variant", "use_safetensors")}
-        files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **_hub_arguments(kwargs))
+        files = [] if kwargs.get("gguf_file") else checkpoint_files(name, **options, **hub_arguments(kwargs))
         tensors = read_headers(files, name)
         if not tensors:
             return {}

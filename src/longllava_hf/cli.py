@@ -103,7 +103,7 @@ class Session:
             self.context = LongLLaVAContext.load(context, self.model, self.processor)
             if self.context.metadata.get("last") not in ("image", "video"):
                 raise ValueError(
-                    f"The context `{context}` does not say what it ends with; it was not kept by `longllava`."
+                    f"The context `{context}` does not say what it ends with: `longllava` did not keep it."
                 )
 
     def _prepare(self, content: list[dict[str, Any]]) -> Any:

@@ -16,6 +16,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# What says where files come from, among the arguments of `from_pretrained`.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 SUPPORTED_DECODERS = ("longllava_text", "qwen2", "qwen3", "llama", "mistral")
 """Model types that a LongLLaVA's decoder may have: those that contexts, chunks and packed samples are tested with."""
 
@@ -351,6 +354,11 @@ class LlavaJambaConfig(LongLLaVAConfig):
     model_type = "llava_jamba"
 
 
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where files come from."""
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+
+
 def locate_vision_tower(name: str | None, folder: str | os.PathLike | None) -> str:
     """
     Where the tower that a checkpoint calls `name` is to be found: an existing folder (as given, or relative to the
@@ -370,7 +378,7 @@ def locate_vision_tower(name: str | None, folder: str | os.PathLike | None) -> s
     if is_hub_id:
         return name
     logger.warning(
-        f"The vision tower `{name}` that the checkpoint names does not exist here; using `{DEFAULT_VISION_TOWER}` instead."
+        f"The vision tower `{name}` of the checkpoint does not exist here; using `{DEFAULT_VISION_TOWER}` instead."
     )
     return DEFAULT_VISION_TOWER
 
@@ -392,9 +400,7 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     flat = copy.deepcopy(config_dict)
     for key, values in _PUBLISHED_VALUES.items():
         if key in flat and flat[key] not in list(values):
-            raise ValueError(
-                f"`{key}` must be one of {list(values)}, but the checkpoint's config.json has {flat[key]!r}."
-            )
+            raise ValueError(f"`{key}` must be one of {list(values)}, but config.json has {flat[key]!r}.")
     tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
     vision_config = dict(_DEFAULT_VISION_CONFIG)
     if tower != DEFAULT_VISION_TOWER:
@@ -445,7 +451,7 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
         )
     if config.pooling_order != "before_projector":
         raise ValueError(
-            'The published layout always pools before the projector, but this model has `pooling_order="after_projector"`.'
+            'The published layout pools before the projector, this model has `pooling_order="after_projector"`.'
         )
     flat = config.text_config.to_dict()
     if "layer_types" in flat:

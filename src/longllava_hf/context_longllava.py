@@ -75,9 +75,7 @@ class LongLLaVAContext:
 
     def __init__(self, cache: Cache, image_token_id: int | None = None, metadata: dict[str, Any] | None = None):
         if not is_empty(cache):
-            raise ValueError(
-                "A context knows its tokens, but the cache already holds some: begin with an empty cache."
-            )
+            raise ValueError("A context knows its tokens, but the cache already holds some: begin with an empty one.")
         self.cache, self.image_token_id, self.metadata = cache, image_token_id, metadata or {}
         self._inputs = ContextInputs()
 
@@ -125,9 +123,7 @@ class LongLLaVAContext:
         """
         self.check_unchanged()
         if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError(
-                "A context's prompts of different length must be padded on the left: each must end with a token."
-            )
+            raise ValueError("A context's prompts must be padded on the left: each must end with a token.")
         known, length = self.input_ids, input_ids.shape[1]
         if known is None:
             return 0, None if attention_mask is None or attention_mask.all() else attention_mask

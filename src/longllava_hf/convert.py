@@ -44,9 +44,7 @@ def _write_json(file: Path, content: dict) -> None:
 def _check(source: str, files: list[str], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
     """Whether the vision tower is there; everything else must be. Reads no more than the files' headers."""
     if not files:
-        raise OSError(
-            f"`{source}` has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of either."
-        )
+        raise OSError(f"`{source}` has no weights: no model.safetensors or pytorch_model.bin, nor an index of either.")
     found = {to_native_name(name, names): tensor for name, tensor in read_headers(files, source).items()}
     with torch.device("meta"):
         model = LongLLaVAForConditionalGeneration(config)
@@ -89,9 +87,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
     partial.mkdir(parents=True, exist_ok=True)
     job, progress = {"to": to, "files": {file.name: file.stat().st_size for file in files}}, partial / _PROGRESS_FILE
     if progress.is_file() and (earlier := json.loads(progress.read_text(encoding="utf-8"))) != job:
-        raise ValueError(
-            f"`{partial}` is left from another conversion, {earlier}, and this one is {job}. Remove it first."
-        )
+        raise ValueError(f"`{partial}` is left from another conversion, {earlier}, not {job}. Remove it first.")
     _write_json(progress, job)
 
     def rename(name: str) -> str:

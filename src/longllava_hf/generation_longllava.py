@@ -49,12 +49,10 @@ def image_batches(pixel_values: torch.Tensor | LazyPixelValues, size: int) -> It
     progress.close()
 
 
-def check_image_tokens(num_tokens: int, num_features: int) -> None:
+def check_image_tokens(tokens: int, features: int) -> None:
     """Raises `ValueError` if there are more or fewer places for image tokens than image tokens."""
-    if num_tokens != num_features:
-        raise ValueError(
-            f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
-        )
+    if tokens != features:
+        raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {features}")
 
 
 @dataclass
@@ -338,9 +336,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         for layer in cache.layers:
             if hasattr(layer, "capacity"):
                 layer.capacity = cached_length(cache) + length + answer_capacity
-        progress = logging.tqdm(
-            total=length, desc="Prefilling", unit=" tokens", leave=False, disable=chunk_size >= length
-        )
+        is_short = chunk_size >= length
+        progress = logging.tqdm(total=length, desc="Prefilling", unit=" tokens", leave=False, disable=is_short)
         for begin in range(0, length, chunk_size):
             chunk = prompt.columns(begin, min(begin + chunk_size, length))
             self(
@@ -429,13 +426,10 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             sequences[:, : rows.shape[1]] = rows.to(sequences)
         return outputs
 
-    def _generate_with_context(
-        self, config: GenerationConfig, prompt: _Prompt, context: LongLLaVAContext, images, kwargs
-    ):
+    def _generate_with_context(self, config, prompt: _Prompt, context: LongLLaVAContext, images, kwargs):
+        """Its tokens are compared with the prompt's; then it holds these and the answer's too."""
         if prompt.input_ids is None or prompt.inputs_embeds is not None or prompt.position_ids is not None:
-            raise ValueError(
-                "A context knows its tokens: continue it with `input_ids` (and `attention_mask`, `pixel_values`) alone."
-            )
+            raise ValueError("A context knows its tokens: continue it with `input_ids`, a mask and pictures alone.")
         if (returned := config.num_return_sequences or 1) > 1:
             raise ValueError(
                 f"The cache holds {len(prompt.input_ids)} sequences, but {returned * len(prompt.input_ids)} are to be"
@@ -450,9 +444,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         if mask is None:
             whole.attention_mask = prompt.input_ids.new_ones(len(prompt.input_ids), context.num_tokens + new.length)
         if _rolls_back(config, kwargs):
-            raise ValueError(
-                "Assisted decoding rolls its cache back, which a context does not follow; use a plain cache."
-            )
+            raise ValueError("Assisted decoding rolls its cache back, which a context does not follow: use a cache.")
         has_beams = (config.num_beams or 1) > 1
         outputs = self._answer(config, whole, new, context.cache, kwargs, keeps_cache=has_beams)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences

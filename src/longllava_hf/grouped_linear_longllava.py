@@ -351,9 +351,8 @@ def routed_mlp_triton(
     Returns:
         `torch.Tensor` of shape `(T, H)`.
     """
-    x, index, weights, gate_up, down = (
-        tensor.contiguous() for tensor in (hidden_states, top_k_index, top_k_weights, gate_up, down)
-    )
+    given = (hidden_states, top_k_index, top_k_weights, gate_up, down)
+    x, index, weights, gate_up, down = (tensor.contiguous() for tensor in given)
     (tokens, hidden_size), top_k, intermediate_size = x.shape, index.shape[1], down.shape[2]
     options = {
         "TOP_K": top_k,

@@ -92,7 +92,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise ValueError(f"{name} is empty: its size is {width} x {height} pixels, and both must be at least 1.")
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"{name} is too large: it has {width} x {height} = {width * height} pixels, and the limit is {MAX_PIXELS}."
+            f"{name} is too large: {width} x {height} = {width * height} pixels, and the limit is {MAX_PIXELS}."
         )
 
 

@@ -265,9 +265,8 @@ class LongLLaVAMambaMixer(nn.Module):
             x = self.act(causal_conv1d(x, self.conv1d, conv_state, seq_idx))
 
         # 2. Step size, B and C, from the input: what makes the state space selective
-        time_step, B, C = self.x_proj(x.transpose(1, 2)).split(
-            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
-        )
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        time_step, B, C = self.x_proj(x.transpose(1, 2)).split(sizes, dim=-1)
         delta = self.dt_proj(self.dt_layernorm(time_step)).transpose(1, 2)
         B, C = self.b_layernorm(B).transpose(1, 2), self.c_layernorm(C).transpose(1, 2)
         if padding is not None:

@@ -29,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
 from transformers.video_utils import VideoInput
 
 from .compat_longllava import merge_processor_kwargs
-from .configuration_longllava import locate_vision_tower
+from .configuration_longllava import hub_arguments, locate_vision_tower
 from .image_processing_longllava import (
     Frames,
     LongLLaVAImageProcessor,
@@ -45,9 +45,8 @@ ROLES = ("system", "user", "assistant")
 
 DEFAULT_NUM_FRAMES = 128
 
-# What `from_pretrained` takes for the processor itself, and for where files are looked for.
+# What `from_pretrained` takes for the processor itself.
 _OWN_KWARGS = ("image_processor", "tokenizer", "chat_template", "num_frames", "return_unused_kwargs")
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 # The piece of Jamba's vocabulary that becomes the image token: reserved, and so never met in training.
 _RESERVED_PIECE = "<|reserved_0|>"
@@ -117,7 +116,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         """
         settings = {name: kwargs.pop(name) for name in LongLLaVAImageProcessorKwargs.__annotations__ if name in kwargs}
         own = {name: kwargs.pop(name) for name in _OWN_KWARGS if name in kwargs}
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        hub_kwargs = hub_arguments(kwargs)
         processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         stored = cls._stored_settings(pretrained_model_name_or_path, processor_dict, hub_kwargs)
         components = [
@@ -217,7 +216,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             given, wanted = len(_flatten_pictures(row)), sample.count(self.image_token)
             if given != wanted:
                 raise ValueError(
-                    f"Prompt {number} has {wanted} `{self.image_token}`, but {given} images were given for it."
+                    f"Prompt {number} has {wanted} `{self.image_token}`, but there are {given} images for it."
                 )
 
     def _sampled(self, video, kwargs: dict) -> VideoFile | Frames:
@@ -236,9 +235,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         if not frames:
             raise ValueError("A video must have at least 1 frame, but a list of 0 frames was given.")
         if fps is not None:
-            raise ValueError(
-                "`fps` needs a video file: frames that are already decoded do not say when they are shown."
-            )
+            raise ValueError("`fps` needs a video file: decoded frames do not say when they are shown.")
         check_num_frames(num_frames)
         if num_frames is not None and num_frames < len(frames):
             frames = Frames(frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int))

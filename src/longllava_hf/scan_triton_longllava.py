@@ -27,9 +27,8 @@ if triton is not None:
         # log(1 + w) for a w that may be tiny, without losing it in the sum.
         w = tl.exp(-tl.abs(x))
         total = 1.0 + w
-        return tl.maximum(x, 0.0) + tl.where(
-            total == 1.0, w, tl.log(total) * w / tl.where(total == 1.0, 1.0, total - 1.0)
-        )
+        added = tl.where(total == 1.0, 1.0, total - 1.0)
+        return tl.maximum(x, 0.0) + tl.where(total == 1.0, w, tl.log(total) * w / added)
 
     @triton.jit
     def _scan_kernel(

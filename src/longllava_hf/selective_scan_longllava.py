@@ -118,12 +118,11 @@ def choose_scan(
     known_to_mamba_ssm = not has_state and not has_boundaries and u.dtype != torch.float64
     if requested in (None, "mamba_ssm") and u.is_cuda and known_to_mamba_ssm and is_installed("mamba_ssm"):
         return "mamba_ssm"
-    if requested == "mamba_ssm" and not is_installed("mamba_ssm"):
-        raise ValueError('`scan_implementation="mamba_ssm"` needs the package mamba-ssm, which is not installed.')
+    for package, name in (("mamba_ssm", "mamba-ssm"), ("triton", "triton")):
+        if requested == package and not is_installed(package):
+            raise ValueError(f'`scan_implementation="{package}"` needs the package {name}, which is not installed.')
     if requested == "triton" and u.dtype == torch.float64:
         raise ValueError('`scan_implementation="triton"` computes in float32, but the input is float64.')
-    if requested == "triton" and not is_installed("triton"):
-        raise ValueError('`scan_implementation="triton"` needs the package triton, which is not installed.')
     if requested in ("reference", "torch", "triton"):
         return requested
     return "triton" if has_triton_kernels(u) else "torch"
