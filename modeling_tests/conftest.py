@@ -143,3 +143,11 @@ def film(tmp_path):
         return path
 
     return write
+
+
+def expert_matrix(weights, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's matrix `(rows, columns)` of [`ExpertWeights`], dequantised."""
+    if hasattr(weights.weight, "matrix"):
+        return weights.weight.matrix(expert, dtype)
+    matrix = weights.weight[expert].to(dtype)
+    return matrix if weights.scale is None else matrix * weights.scale[expert, :, None].to(dtype)

@@ -26,6 +26,8 @@ from longllava_hf.grouped_linear_longllava import (
 )
 from longllava_hf.modeling_longllava_text import LongLLaVAExperts
 
+from .conftest import expert_matrix
+
 
 # Interpreted on the CPU, compiled where there is a GPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,7 +174,7 @@ def test_experts(experts, tokens, how, is_int8):
     x, exact = x.requires_grad_(), x.detach().double().requires_grad_()
     weights, exact_weights = weights.requires_grad_(), weights.detach().double().requires_grad_()
     ours = [ExpertWeights(gate_up, scales[0]), ExpertWeights(down, scales[1])]
-    dense = [ExpertWeights(torch.stack([w.matrix(e, torch.float64) for e in range(GROUPS)])) for w in ours]
+    dense = [ExpertWeights(torch.stack([expert_matrix(w, e, torch.float64) for e in range(GROUPS)])) for w in ours]
     actual = experts(x, index, weights, *ours, F.silu)
     expected = experts_reference(exact, index, exact_weights, *dense, F.silu)
     assert relative(actual, expected) < 1e-5

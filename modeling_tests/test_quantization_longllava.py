@@ -21,7 +21,7 @@ from longllava_hf.experts_longllava import unpack_experts
 from longllava_hf.grouped_linear_longllava import quantize_rows, scaled_linear
 from longllava_hf.int8_longllava import LongLLaVAInt8Linear, named_quantization, skip_patterns
 
-from .conftest import golden, published, small_config
+from .conftest import expert_matrix, golden, published, small_config
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -131,7 +131,7 @@ def test_experts_are_those_of_the_checkpoint():
             weight = dense[name].weight.view(4, -1, module.in_features)
             with unpack_experts(module, 4) as experts:
                 for expert in range(4):
-                    matrix = experts.matrix(expert, torch.float32)
+                    matrix = expert_matrix(experts, expert, torch.float32)
                     if method == "nf4":
                         assert (matrix - weight[expert]).abs().max() < 0.2 * weight.abs().max()
                     else:

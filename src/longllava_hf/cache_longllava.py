@@ -86,13 +86,8 @@ class PreallocatedLayer(DynamicLayer):
         total = used + new.shape[-2]
         # Cropped, the past still begins where its buffer does; reordered or moved, it is another tensor.
         is_view = buffer is not None and (not used or past.data_ptr() == buffer.data_ptr())
-        if (
-            not is_view
-            or total > buffer.shape[-2]
-            or buffer.shape[:2] != new.shape[:2]
-            or buffer.device != new.device
-            or _writable(buffer) is not buffer
-        ):
+        is_alike = is_view and buffer.shape[:2] == new.shape[:2] and buffer.device == new.device
+        if not is_alike or total > buffer.shape[-2] or _writable(buffer) is not buffer:
             size = max(self.capacity, total + (total // 8 if used else 0))
             buffer = new.new_empty(*new.shape[:2], size, new.shape[-1], dtype=past.dtype if used else new.dtype)
             if used:

@@ -25,14 +25,9 @@ def sequence_starts(seq_idx: torch.Tensor) -> torch.Tensor:
 
 def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: bool) -> bool:
     # A module that an adapter or a quantiser put in its place has to be called.
+    is_known = type(conv1d) is torch.nn.Conv1d and conv1d.kernel_size[0] in (2, 3, 4) and not has_both
     return (
-        x.is_cuda
-        and x.dtype != torch.float64
-        and not has_both
-        and type(conv1d) is torch.nn.Conv1d
-        and conv1d.kernel_size[0] in (2, 3, 4)
-        and x.shape[1] % 8 == 0
-        and is_installed("causal_conv1d")
+        is_known and x.is_cuda and x.dtype != torch.float64 and x.shape[1] % 8 == 0 and is_installed("causal_conv1d")
     )
 
 

@@ -43,6 +43,8 @@ from .int8_longllava import bits_of, check_device_memory, prepare_quantization, 
 logger = logging.get_logger(__name__)
 
 _VISION_TOWER = "vision_tower."
+# What lies stacked in memory, and what it is made of on disk.
+_EXPERT_PARTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
 
@@ -107,22 +109,15 @@ class SplitExperts(ConversionOps):
 
 def register_expert_conversion() -> None:
     """Tell Transformers that experts are stored one by one and used stacked. Saving undoes it."""
-    register_checkpoint_conversion_mapping(
-        LongLLaVATextConfig.model_type,
-        [
-            LazyWeightConverter(
-                source_patterns=["feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"],
-                target_patterns=r"feed_forward.experts.gate_up_proj.weight(?![\w.])",
-                operations=[StackExperts()],
-            ),
-            LazyWeightConverter(
-                source_patterns="feed_forward.experts.*.down_proj.weight",
-                target_patterns=r"feed_forward.experts.down_proj.weight(?![\w.])",
-                operations=[StackExperts()],
-            ),
-        ],
-        overwrite=True,
-    )
+    converters: list[Any] = [
+        LazyWeightConverter(
+            source_patterns=[f"feed_forward.experts.*.{part}.weight" for part in parts],
+            target_patterns=rf"feed_forward.experts.{stacked}.weight(?![\w.])",
+            operations=[StackExperts()],
+        )
+        for stacked, parts in _EXPERT_PARTS.items()
+    ]
+    register_checkpoint_conversion_mapping(LongLLaVATextConfig.model_type, converters, overwrite=True)
 
 
 def _name_pairs(config: PreTrainedConfig) -> list[tuple[str, str]]:
@@ -288,7 +283,7 @@ def has_vision_tower(names: Iterable[str]) -> bool:
 def expert_names(stacked: str, num_experts: int) -> list[str]:
     """The names on disk of what is stacked in memory as `...experts.gate_up_proj.weight` or `down_proj.weight`."""
     prefix, _, weight = stacked.rpartition(".experts.")
-    parts = ["gate_proj", "up_proj"] if weight.startswith("gate_up_proj") else ["down_proj"]
+    parts = _EXPERT_PARTS[weight.partition(".")[0]]
     return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
 
 

@@ -184,31 +184,13 @@ def attention_and_logsumexp_cpu(
 
 def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A processor's keyword arguments by whom they are for: `"text_kwargs"`, `"images_kwargs"`, ..."""
-    return processor._merge_kwargs(
-        processor.valid_processor_kwargs, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs
-    )
+    kinds, defaults = processor.valid_processor_kwargs, processor.tokenizer.init_kwargs
+    return processor._merge_kwargs(kinds, tokenizer_init_kwargs=defaults, **kwargs)
 
 
 __all__ = [
-    "CACHE",
-    "EXPANDS_ENCODER_OUTPUTS",
-    "LazyWeightConverter",
-    "OutputRecorder",
-    "TorchDispatchMode",
-    "accepts_cache",
-    "as_cache",
-    "attention_and_logsumexp_cpu",
-    "capture_outputs",
-    "execution_device",
-    "get_cache",
-    "has_forward_pre_hooks",
-    "int8_matmul_cpu",
-    "merge_processor_kwargs",
-    "merge_with_config_defaults",
-    "move_hook",
-    "recurrent_states",
-    "save_registered_names",
-    "should_convert_module",
-    "take_adapter",
-    "take_cache",
-]
+    "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "TorchDispatchMode", "accepts_cache",
+    "as_cache", "attention_and_logsumexp_cpu", "capture_outputs", "execution_device", "get_cache",
+    "has_forward_pre_hooks", "int8_matmul_cpu", "merge_processor_kwargs", "merge_with_config_defaults", "move_hook",
+    "recurrent_states", "save_registered_names", "should_convert_module", "take_adapter", "take_cache",
+]  # fmt: skip

@@ -303,8 +303,7 @@ class LongLLaVAConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of the validation that `@strict` runs on every new configuration."""
         if self.pooling_mode == "2d" and self.vision_feature_select_strategy == "full":
-            needed = '`vision_feature_select_strategy="default"`: a class token has no place on the patch map.'
-            raise ValueError(f'`pooling_mode="2d"` needs {needed}')
+            raise ValueError('`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: no class token.')
         if self.vision_batch_size < 1:
             raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
 
@@ -346,10 +345,7 @@ class LongLLaVAConfig(PreTrainedConfig):
 
 
 class LlavaJambaConfig(LongLLaVAConfig):
-    """
-    Entry point for `model_type: llava_jamba`, the layout of the authors' checkpoints. Never instantiated: reading one
-    gives a [`LongLLaVAConfig`].
-    """
+    """Of the authors' checkpoints. Never instantiated: reading one gives a [`LongLLaVAConfig`]."""
 
     model_type = "llava_jamba"
 

@@ -39,13 +39,6 @@ class ExpertWeights:
         """Whether the weight is all there is, and in floating point."""
         return isinstance(self.weight, torch.Tensor) and self.scale is None and not self.adapters
 
-    def matrix(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """One expert's matrix `(rows, columns)`, dequantised."""
-        if isinstance(self.weight, BlockwiseWeight):
-            return self.weight.matrix(expert, dtype)
-        matrix = self.weight[expert].to(dtype)
-        return matrix if self.scale is None else matrix * self.scale[expert, :, None].to(dtype)
-
     def _add_adapters(self, output: torch.Tensor, hidden_states: torch.Tensor, expand: Callable) -> torch.Tensor:
         for dropout, lora_a, lora_b, scaling in self.adapters:
             low_rank = lora_a(dropout(hidden_states.to(lora_a.weight.dtype)))
@@ -54,12 +47,12 @@ class ExpertWeights:
 
     def linear(self, hidden_states: torch.Tensor, expert: int, rows: slice = slice(None)) -> torch.Tensor:
         """`(tokens, columns)` to `(tokens, rows)` through one expert, or some rows of it."""
-        if isinstance(self.weight, BlockwiseWeight):
+        if isinstance(weight := self.weight, BlockwiseWeight):
             dtype = hidden_states.dtype
-            output = RecomputedLinear.apply(hidden_states, lambda: self.matrix(expert, dtype)[rows])
+            output = RecomputedLinear.apply(hidden_states, lambda: weight.matrix(expert, dtype)[rows])
         else:
             scale = None if self.scale is None else self.scale[expert, rows]
-            output = scaled_linear(hidden_states, self.weight[expert, rows], scale)
+            output = scaled_linear(hidden_states, weight[expert, rows], scale)
         return self._add_adapters(output, hidden_states, lambda low, lora_b: F.linear(low, lora_b[expert, rows]))
 
     def gate_and_up(self, hidden_states: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -132,23 +132,14 @@ if triton is not None:
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
         return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
-    # The interpreter cannot measure, and small blocks make it take every branch.
-    _CONFIGS = (
-        [_config(32, 32, 32, 4, 2)]
-        if _INTERPRET
-        else [
-            _config(16, 32, 256, 4, 4),
-            _config(16, 64, 128, 4, 5),
-            _config(32, 64, 128, 4, 4),
-            _config(64, 128, 64, 4, 4),
-            _config(128, 128, 64, 4, 3),
-            _config(128, 128, 64, 8, 3),
-            _config(128, 256, 64, 8, 3),
-            _config(256, 128, 64, 8, 3),
-        ]
-    )
+    _BLOCKS = [
+        (16, 32, 256, 4, 4), (16, 64, 128, 4, 5), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4),
+        (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3),
+    ]  # fmt: skip
+    if _INTERPRET:  # which cannot measure; small blocks make it take every branch
+        _BLOCKS = [(32, 32, 32, 4, 2)]
 
-    @triton.autotune(configs=_CONFIGS, key=["ROWS_A_GROUP", "N", "K", "SCALED"])
+    @triton.autotune(configs=[_config(*blocks) for blocks in _BLOCKS], key=["ROWS_A_GROUP", "N", "K", "SCALED"])
     @triton.jit
     def _grouped_linear_kernel(
         x_ptr, w_ptr, scale_ptr, offsets_ptr, out_ptr,

@@ -32,6 +32,7 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in range(1, 7)]
 
 _TIMEOUT_SECONDS = 60
+_WORKERS = max(1, min(8, os.cpu_count() or 1))
 
 # Shorter text without a `data:` in front is a path that does not exist; no picture is so small.
 _SHORTEST_BASE64 = 64
@@ -355,7 +356,7 @@ class LazyPixelValues:
         numbered = enumerate(_open_films(self._items), self._first)
         pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
         most = max(pictures, default=1)  # a film's frames are one tile each
-        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _workers(), ahead=size // most)
+        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _WORKERS, ahead=size // most)
         left, filled, batch, shape = len(self), 0, None, self.shape[1:]
         for tile in chain.from_iterable(done):
             if tile.shape != shape:
@@ -379,10 +380,6 @@ class LazyPixelValues:
     def load(self) -> torch.Tensor:
         """All of them, `(tiles, 3, height, width)`."""
         return torch.cat(list(self.split(len(self)))) if len(self) else torch.empty(self.shape)
-
-
-def _workers() -> int:
-    return max(1, min(8, os.cpu_count() or 1))
 
 
 class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -422,9 +419,6 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     image_grid_pinpoints = None
     image_seq_length = 144
     lazy = False
-
-    def __init__(self, **kwargs: Unpack[LongLLaVAImageProcessorKwargs]):
-        super().__init__(**kwargs)
 
     def _to_array(self, picture: Image.Image | np.ndarray, name: str, settings: dict) -> np.ndarray:
         """What [`load_picture`] gives as an array `(channels, height, width)`, its values between 0 and 255."""
@@ -547,7 +541,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             shape = (3, settings["crop_size"].height, settings["crop_size"].width)
             pixel_values = LazyPixelValues(items, lambda *item: process(*item)[0], counts, shape)
         else:
-            done = ordered_map(lambda item: process(item[0], *item[1]), enumerate(_open_films(items)), _workers())
+            done = ordered_map(lambda item: process(item[0], *item[1]), enumerate(_open_films(items)), _WORKERS)
             for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
                 pixel_values.extend(tiles)
                 grids.append(grid)

@@ -176,6 +176,7 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
     """Puts [`LongLLaVAInt8Linear`] in the place of linear layers, for [`LongLLaVAInt8Config`]."""
 
     requires_calibration = False
+    is_trainable = is_compileable = True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         module, _, name = param_name.rpartition(".")
@@ -201,14 +202,6 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
 

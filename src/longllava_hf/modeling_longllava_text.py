@@ -165,9 +165,8 @@ class LongLLaVAAttention(JambaAttention):
             attn_output = attn_output.transpose(1, 2)
         else:
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            attn_output, attn_weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+            options = {"dropout": dropout, "scaling": self.scaling, **kwargs}
+            attn_output, attn_weights = attend(self, query, key, value, attention_mask, **options)
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 

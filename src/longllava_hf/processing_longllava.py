@@ -101,6 +101,7 @@ class LongLLaVAProcessor(ProcessorMixin):
 
     image_token = "<image>"
     video_token = "<video>"
+    unused_input_names = ["image_grids"]
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames: int = DEFAULT_NUM_FRAMES):
         tokenizer = add_image_token(tokenizer, self.image_token)
@@ -278,10 +279,6 @@ class LongLLaVAProcessor(ProcessorMixin):
         if returns_types:
             inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(rows)
         return inputs
-
-    @property
-    def unused_input_names(self) -> list[str]:
-        return ["image_grids"]
 
     @property
     def model_input_names(self) -> list[str]:

@@ -223,17 +223,9 @@ class BlockedScan(torch.autograd.Function):
                 grad_u[:, part, tokens] = torch.addcmul(grad_drive * now.dt, grad, now.D).permute(1, 2, 0)
                 grad_delta[:, part, tokens] = grad_dt.permute(1, 2, 0)
             grad_state[:, part] = carry.transpose(1, 2)
-        return (
-            grad_u,
-            grad_delta,
-            grad_A.T.to(A.dtype),
-            grad_B.to(B.dtype),
-            grad_C.to(C.dtype),
-            grad_D.to(D.dtype),
-            grad_z,
-            None if initial_state is None else grad_state.to(initial_state.dtype),
-            None,
-        )
+        sums = zip((grad_A.T, grad_B, grad_C, grad_D, grad_state), (A, B, C, D, initial_state))
+        *grad_sums, grad_initial = (None if x is None else grad.to(x.dtype) for grad, x in sums)
+        return grad_u, grad_delta, *grad_sums, grad_z, grad_initial, None
 
 
 def allocate_block(y, u, delta, A, B, C, D, z, seq_idx) -> None:

@@ -228,17 +228,11 @@ class TritonScan(torch.autograd.Function):
             *grad_u.stride(), *grad_delta.stride(), *grad_z.stride(),
             HAS_RESETS=resets is not None, BLOCK=_KERNEL_CHANNELS, STATES=padded, CHUNK=_CHUNK, num_warps=_KERNEL_WARPS,
         )  # fmt: skip
-        return (
-            grad_u,
-            grad_delta,
-            grad_A.sum(0).T.to(A.dtype),
-            grad_B.sum(1).transpose(1, 2).to(B.dtype),
-            grad_C.sum(1).transpose(1, 2).to(C.dtype),
-            grad_D.sum(0).to(D.dtype),
-            grad_z,
-            None if initial_state is None else grad_state.transpose(1, 2).to(initial_state.dtype),
-            None,
-        )
+        grad_B, grad_C = (grad.sum(1).transpose(1, 2) for grad in (grad_B, grad_C))
+        sums = (grad_A.sum(0).T, grad_B, grad_C, grad_D.sum(0), grad_state.transpose(1, 2))
+        given = (A, B, C, D, initial_state)
+        *grad_sums, grad_initial = (None if x is None else grad.to(x.dtype) for grad, x in zip(sums, given))
+        return grad_u, grad_delta, *grad_sums, grad_z, grad_initial, None
 
 
 __all__ = ["TritonScan"]
