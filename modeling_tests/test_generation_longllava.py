@@ -227,5 +227,5 @@ def test_refused(small_model):
     with pytest.raises(ValueError, match="`attention_mask` must be as long as"):
         small_model.generate(IDS[:, :3] + 1, attention_mask=torch.ones(2, 27), cache=context, max_new_tokens=2)
     assert context.num_tokens == 20
-    with pytest.raises(ValueError, match="begin with an empty cache"):
+    with pytest.raises(ValueError, match="begin with an empty one"):
         small_model.prefill(IDS, cache=context.cache)

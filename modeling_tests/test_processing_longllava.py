@@ -287,7 +287,7 @@ def test_conversations_that_make_no_sense(processor, messages, message):
 
 
 def test_pictures_of_one_prompt_do_not_go_to_another(processor):
-    with pytest.raises(ValueError, match="Prompt 0 has 2 `<image>`, but 1 images were given for it"):
+    with pytest.raises(ValueError, match="Prompt 0 has 2 `<image>`, but there are 1 images for it"):
         processor(text=["<image><image>", "<image>"], images=[[PICTURE], [PICTURE, PICTURE]], padding=True)
     inputs = processor(text=["<image>", "none"], images=[[PICTURE], None], padding=True)
     assert len(inputs["pixel_values"]) == 1
