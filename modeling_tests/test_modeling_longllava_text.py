@@ -147,7 +147,8 @@ def test_experts_implementations_of_the_whole_model(ids, implementation):
     model = LongLLaVAForConditionalGeneration(small_config()).eval()
     expected = model(ids).logits
     model.set_experts_implementation(implementation)
-    assert model.model.language_model.config._experts_implementation == implementation
+    configs = (model.config, model.model.language_model.config)
+    assert [config._experts_implementation for config in configs] == [implementation] * 2
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -447,8 +447,6 @@ class LongLLaVATextPreTrainedModel(PublishedPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As [`~PreTrainedModel.get_correct_experts_implementation`]; the default is this package's own."""
-        if requested_experts == "grouped_mm":  # Transformers looks for the experts in the class's own file
-            return requested_experts
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @torch.no_grad()
