@@ -20,6 +20,7 @@ from longllava_hf import (
 )
 from longllava_hf import convert as convert_module
 from longllava_hf.checkpoint_longllava import expected_shapes, published_names, to_native_name, to_published_name
+from longllava_hf.configuration_longllava import locate_vision_tower
 from longllava_hf.convert import convert_checkpoint
 
 from .conftest import KINDS, published
@@ -313,6 +314,7 @@ import json, resource, torch
 from safetensors.torch import save_file
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
 from longllava_hf.checkpoint_longllava import expected_shapes
+from longllava_hf.configuration_longllava import locate_vision_tower
 from longllava_hf.convert import convert_checkpoint
 from modeling_tests.conftest import small_config
 config = small_config(text_config=dict(hidden_size=512, intermediate_size=2048, vocab_size=2000, num_experts=8))
@@ -348,6 +350,46 @@ def test_a_damaged_file_of_pytorch_is_named_too(published_copy):
         load(folder)
     with pytest.raises(OSError, match=r"damaged.*pytorch_model\.bin"):
         convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_a_damaged_adapter_is_named(published_copy):
+    peft = pytest.importorskip("peft")
+    folder = published_copy()
+    model = peft.get_peft_model(load(folder), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    alone = folder.parent / "adapter"
+    for adapter in (alone, folder):  # by itself, and beside the weights it is for
+        model.save_pretrained(adapter)
+        os.truncate(adapter / "adapter_model.safetensors", 300)
+        with pytest.raises(OSError, match=r"damaged.*adapter_model\.safetensors"):
+            load(adapter)
+
+
+def test_a_damaged_tower_elsewhere_is_named(published_copy):
+    folder = published_copy()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if "vision_tower" not in name}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tower = folder.parent / "tower"
+    shutil.copytree(locate_vision_tower(config["mm_vision_tower"], folder), tower, copy_function=shutil.copyfile)
+    (folder / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "../tower"}))
+    load(folder)
+    os.truncate(tower / "model.safetensors", 1000)
+    with pytest.raises(OSError, match=r"damaged.*tower/model\.safetensors"):
+        load(folder)
+    with pytest.raises(OSError, match=r"damaged.*tower/model\.safetensors"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_too_little_memory_is_no_damage(published_copy, monkeypatch):
+    def load_state_dict(*args, **kwargs):
+        raise MemoryError("no 40 GB")
+
+    folder = published_copy()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("longllava_hf.checkpoint_longllava.load_state_dict", load_state_dict)
+    with pytest.raises(MemoryError, match="no 40 GB"):
+        load(folder)
 
 
 def test_a_base_model_of_a_quantized_checkpoint(tmp_path):

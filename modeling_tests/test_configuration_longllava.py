@@ -153,7 +153,7 @@ def test_layer_types_can_be_given(tmp_path):
     ("layer_types", "message"),
     [
         (ATTENTION_FIRST[:2], r"\(3\) must be equal to the number of `layer_types` \(2\)"),
-        (["full_attention", "sliding_attention", "linear_attention"], r"\['sliding_attention'\] are among them"),
+        (["full_attention", "sliding_attention", "linear_attention"], r"there are \['sliding_attention'\]"),
         (["full_attention", "nothing", "linear_attention"], "nothing"),
     ],
 )

@@ -152,6 +152,15 @@ def test_experts_implementations_of_the_whole_model(ids, implementation):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_implementation_of_a_users_subclass(model):
+    class Mine(LongLLaVAForCausalLM):
+        pass
+
+    mine = Mine(model.config)
+    mine.set_experts_implementation("batched_mm")
+    assert mine.model.config._experts_implementation == "batched_mm"
+
+
 @torch.no_grad()
 def test_beams_reorder_the_states(model, ids):
     beams = model.generate(ids[:1], num_beams=3, num_return_sequences=3, max_new_tokens=8, do_sample=False)

@@ -15,11 +15,13 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps
@@ -35,7 +37,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
-from .compat_longllava import LazyWeightConverter, save_registered_names, take_adapter
+from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
 from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower
 from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
@@ -45,6 +47,8 @@ logger = logging.get_logger(__name__)
 _VISION_TOWER = "vision_tower."
 # What lies stacked in memory, and what it is made of on disk.
 _EXPERT_PARTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
+# What readers of weights raise for files that are damaged.
+_DAMAGE = (SafetensorError, UnpicklingError, EOFError)
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
 
@@ -183,10 +187,10 @@ def atomic_write(file: str | os.PathLike) -> Iterator[str]:
             os.remove(temporary)
 
 
-def damaged_files(folder: str | os.PathLike) -> str:
-    """What is wrong with the weight files of a local folder: a line naming each that cannot be read, or nothing."""
-    problems = []
-    for file in sorted(str(file) for kind in ("*.safetensors", "*.bin") for file in Path(folder).glob(kind)):
+def damaged_files(*folders: Any) -> str:
+    """What is wrong with the weight files of local folders: a line naming each that cannot be read, or nothing."""
+    problems, found = [], (Path(folder).glob("*") for folder in folders if folder is not None)
+    for file in sorted(str(file) for file in chain(*found) if file.suffix in (".safetensors", ".bin")):
         try:
             read_lazily([file])
         except Exception as error:
@@ -228,15 +232,21 @@ def read_lazily(checkpoint_files: Iterable[str]) -> dict[str, Any]:
     return tensors
 
 
+@contextlib.contextmanager
+def _damage_named(source: Any, *folders: Any, kinds: Any = _DAMAGE) -> Iterator[None]:
+    """`OSError`, with the files of these folders that are damaged, in place of such errors of those who read them."""
+    try:
+        yield
+    except (OSError, MemoryError):  # such as a file that is not there
+        raise
+    except kinds as error:
+        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(*folders) or error}") from error
+
+
 def read_headers(checkpoint_files: list[str], source: Any) -> dict[str, Any]:
     """As [`read_lazily`]; raises `OSError` for a damaged file, whatever its reader raises."""
-    try:
+    with _damage_named(source, *map(os.path.dirname, checkpoint_files[:1]), kinds=Exception):
         return read_lazily(checkpoint_files)
-    except OSError:  # such as a file that is not there
-        raise
-    except Exception as error:
-        folder = os.path.dirname(checkpoint_files[0])
-        raise OSError(f"The weights of `{source}` are damaged: {damaged_files(folder) or error}") from error
 
 
 def checkpoint_files(
@@ -264,11 +274,12 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
 
     Raises:
         ValueError: if that tower lacks a weight, or one has another shape.
-        OSError: if there is no such tower.
+        OSError: if there is no such tower, or its file is damaged.
     """
     source = locate_vision_tower(config.vision_tower, folder)
     logger.warning(f"The checkpoint `{folder}` has no vision tower of its own; taking it from `{source}`.")
-    tower, info = AutoModel.from_pretrained(source, config=config.vision_config, output_loading_info=True)
+    with _damage_named(source, source):
+        tower, info = AutoModel.from_pretrained(source, config=config.vision_config, output_loading_info=True)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"The vision tower `{source}` lacks {len(missing)} weights: {', '.join(missing)}")
@@ -385,7 +396,8 @@ class PublishedPreTrainedModel(PreTrainedModel):
                 with contextlib.suppress(OSError):
                     kwargs["generation_config"] = GenerationConfig.from_pretrained(name, **hub_arguments(kwargs))
         path = None if tensors else name
-        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        with _damage_named(name, name, (kwargs.get("adapter_kwargs") or {}).get(ADAPTER_PATH)):
+            loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         if name is not None and info["missing_keys"]:
             raise ValueError(f"Weights of `{name}` are missing: {', '.join(sorted(info['missing_keys']))}")
@@ -394,7 +406,8 @@ class PublishedPreTrainedModel(PreTrainedModel):
         use_own_products(model)
         save_registered_names(model)
         if adapter is not None:
-            model.load_adapter(**adapter)
+            with _damage_named(name, adapter["peft_model_id"]):
+                model.load_adapter(**adapter)
         return (model, info) if wants_info else model
 
     @classmethod

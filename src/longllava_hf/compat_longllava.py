@@ -9,10 +9,11 @@ is not public in them. Neither is named in any other file.
 | `recurrent_states` | `Cache.get_conv_state`; before, attributes of a layer | 5.20 | 5.17 has the attributes alone | - |
 | `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
 | `capture_outputs`, `OutputRecorder`, `merge_with_config_defaults` | what Transformers' own models are decorated with | all | hidden states, attentions, router logits | none for packages |
+| `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks for a decorator in the file of a model's class | all | the whole model, and a user's subclass, have files of their own; what is not settable is passed over in silence | none |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
 | `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.18 | `generate` repeats encoded pictures for beams | none |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
-| `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
+| `ADAPTER_PATH`, `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
 | `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
@@ -50,6 +51,9 @@ CACHE: str = next(field.name for field in fields(BaseModelOutputWithPast) if fie
 
 EXPANDS_ENCODER_OUTPUTS = hasattr(GenerationMixin, "_expand_multimodal_outputs")
 """Whether `generate` repeats `mm_encoder_outputs` for each beam and each sequence to return, as it does ids."""
+
+
+ADAPTER_PATH = "_adapter_model_path"
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
@@ -117,6 +121,14 @@ def move_hook(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, hook)
 
 
+class SettableExperts:
+    """A model of which `set_experts_implementation` chooses the experts."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
 class LazyWeightConverter(WeightConverter):
     """
     Hands its operation tensors that are not read yet, and leaves quantising to it: its attribute `quantize_op` is set to
@@ -142,7 +154,7 @@ def save_registered_names(model: Any) -> None:
 def take_adapter(name: Any, kwargs: dict[str, Any], hub_arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Take what `from_pretrained` was told of an adapter out of its arguments; as arguments of `load_adapter`."""
     options = {**hub_arguments, **(kwargs.pop("adapter_kwargs", None) or {})}
-    adapter_name, path = kwargs.pop("adapter_name", "default"), options.pop("_adapter_model_path", None)
+    adapter_name, path = kwargs.pop("adapter_name", "default"), options.pop(ADAPTER_PATH, None)
     if path is None and is_peft_available() and find_adapter_config_file(name, **options) is not None:
         path = name
     return None if path is None else {"peft_model_id": path, "adapter_name": adapter_name, "adapter_kwargs": options}
@@ -189,8 +201,8 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 
 __all__ = [
-    "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "TorchDispatchMode", "accepts_cache",
-    "as_cache", "attention_and_logsumexp_cpu", "capture_outputs", "execution_device", "get_cache",
+    "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts", "TorchDispatchMode",
+    "accepts_cache", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs", "execution_device", "get_cache",
     "has_forward_pre_hooks", "int8_matmul_cpu", "merge_processor_kwargs", "merge_with_config_defaults", "move_hook",
     "recurrent_states", "save_registered_names", "should_convert_module", "take_adapter", "take_cache",
 ]  # fmt: skip

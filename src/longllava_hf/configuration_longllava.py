@@ -214,9 +214,7 @@ class LongLLaVATextConfig(PreTrainedConfig):
         """Part of the validation too: one of [`LAYER_TYPES`] for each layer."""
         super().validate_layer_type()
         if unknown := sorted(set(self.layer_types or ()) - set(LAYER_TYPES)):
-            raise ValueError(
-                f"Each of `layer_types` must be one of {list(LAYER_TYPES)}, but {unknown} are among them."
-            )
+            raise ValueError(f"Each of `layer_types` must be one of {list(LAYER_TYPES)}, but there are {unknown}.")
 
 
 @strict

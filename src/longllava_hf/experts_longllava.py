@@ -83,11 +83,8 @@ def _lora_adapters(layer: Any, num_experts: int) -> list[tuple[Any, Any, torch.T
     lora_a = getattr(layer, "lora_A", None)
     active = [name for name in layer.active_adapters if lora_a is None or name in lora_a]
     is_plain = isinstance(lora_a, nn.ModuleDict) and not hasattr(layer, "parameter_name")
-    if (
-        not is_plain
-        or has_forward_pre_hooks(layer)  # one row, one adapter: PEFT tells a layer so in front of its call
-        or any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in active)
-    ):
+    has_more = is_plain and any(n in layer.lora_variant or layer.lora_B[n].bias is not None for n in active)
+    if not is_plain or has_more or has_forward_pre_hooks(layer):  # of which PEFT hangs one there for adapters by row
         raise NotImplementedError(
             "On experts only plain LoRA through `target_modules` works, the same for all rows, but"
             f" {type(layer).__name__} with adapters {active} is something else. Leave `gate_up_proj` and `down_proj` of"

@@ -214,8 +214,7 @@ if triton is not None:
         stride_wg, stride_wn, stride_wk = weight.stride()
         if transpose:
             n, k, stride_wn, stride_wk = k, n, stride_wk, stride_wn
-        x = x.contiguous()
-        rows = len(x)
+        x, rows = x.contiguous(), len(x)
         out = x.new_empty(rows, n)
         if rows == 0:
             return out
@@ -345,12 +344,8 @@ def routed_mlp_triton(
     given = (hidden_states, top_k_index, top_k_weights, gate_up, down)
     x, index, weights, gate_up, down = (tensor.contiguous() for tensor in given)
     (tokens, hidden_size), top_k, intermediate_size = x.shape, index.shape[1], down.shape[2]
-    options = {
-        "TOP_K": top_k,
-        "SCALED": gate_up_scale is not None,
-        "BLOCK_N": 16,
-        "BLOCK_K": 16 if _INTERPRET else 512,
-    }
+    block_k, is_scaled = 16 if _INTERPRET else 512, gate_up_scale is not None
+    options = {"TOP_K": top_k, "SCALED": is_scaled, "BLOCK_N": 16, "BLOCK_K": block_k}
     intermediate, output = x.new_empty(tokens * top_k, intermediate_size), torch.empty_like(x)
     scales = (output if scale is None else scale.contiguous() for scale in (gate_up_scale, down_scale))
     with _on_device_of(x):

@@ -8,6 +8,7 @@ arXiv 2408.12570, section 4), which needs nothing but torch.
 import copy
 import importlib.util
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -303,27 +304,21 @@ def weight_bytes(model: nn.Module, quantization: str) -> dict[str, int]:
         model (`nn.Module`): on any device, `meta` too.
         quantization (`"none"`, `"int8"` or `"nf4"`): the latter with its scales quantised too.
     """
-    sizes: dict[str, int] = {}
-
-    def add(kind: str, size: int) -> None:
-        sizes[kind] = sizes.get(kind, 0) + size
-
+    sizes: Counter[str] = Counter()
     converted = set()
     if quantization != "none":
         for name, module in convertible_layers(model):
             converted |= {f"{name}.weight", f"{name}.weight_scale"}
             size = module.in_features * module.out_features
             if quantization == "int8":
-                add("int8", size)
-                add("scales", 4 * module.out_features)
+                sizes.update(int8=size, scales=4 * module.out_features)
             else:  # one byte for each block of 64 weights, four for each 256 of those, and four for their mean
                 blocks = -(-size // 64)
-                add("nf4", -(-size // 2))
-                add("scales", blocks + 4 * -(-blocks // 256) + 4)
+                sizes.update(nf4=-(-size // 2), scales=blocks + 4 * -(-blocks // 256) + 4)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in converted:
-            add(str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
-    return sizes
+            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(sizes)
 
 
 def check_device_memory(model: nn.Module, quantization: str | None, device_map: Any, source: Any) -> None:

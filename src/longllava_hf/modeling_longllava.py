@@ -108,8 +108,6 @@ class LongLLaVAMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
-# Transformers knows whether experts can be chosen by finding `@use_experts_implementation` in a model's file. It is the
-# decoder's experts that are decorated so.
 class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     config: LongLLaVAConfig
     input_modalities = ("image", "text")

@@ -39,6 +39,7 @@ from .checkpoint_longllava import PublishedPreTrainedModel
 from .compat_longllava import (
     CACHE,
     OutputRecorder,
+    SettableExperts,
     accepts_cache,
     as_cache,
     attention_and_logsumexp_cpu,
@@ -424,7 +425,7 @@ class LongLLaVADecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.pre_ff_layernorm(hidden_states))
 
 
-class LongLLaVATextPreTrainedModel(PublishedPreTrainedModel):
+class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
     config: LongLLaVATextConfig
     base_model_prefix = "model"
     input_modalities = ("text",)
