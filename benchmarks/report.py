@@ -7,8 +7,10 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,11 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
         name = torch.cuda.get_device_name()
     elif cpu.exists() and (model := re.search(r"model name\s*: (.+)", cpu.read_text())) is not None:
         name = model[1]
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False)
     return {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
