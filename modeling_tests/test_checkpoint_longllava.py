@@ -314,7 +314,6 @@ import json, resource, torch
 from safetensors.torch import save_file
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
 from longllava_hf.checkpoint_longllava import expected_shapes
-from longllava_hf.configuration_longllava import locate_vision_tower
 from longllava_hf.convert import convert_checkpoint
 from modeling_tests.conftest import small_config
 config = small_config(text_config=dict(hidden_size=512, intermediate_size=2048, vocab_size=2000, num_experts=8))

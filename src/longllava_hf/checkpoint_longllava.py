@@ -15,7 +15,6 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -189,8 +188,9 @@ def atomic_write(file: str | os.PathLike) -> Iterator[str]:
 
 def damaged_files(*folders: Any) -> str:
     """What is wrong with the weight files of local folders: a line naming each that cannot be read, or nothing."""
-    problems, found = [], (Path(folder).glob("*") for folder in folders if folder is not None)
-    for file in sorted(str(file) for file in chain(*found) if file.suffix in (".safetensors", ".bin")):
+    problems = []
+    found = [file for folder in folders if folder is not None for file in Path(folder).glob("*")]
+    for file in sorted(str(file) for file in found if file.suffix in (".safetensors", ".bin")):
         try:
             read_lazily([file])
         except Exception as error:

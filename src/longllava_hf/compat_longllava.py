@@ -201,8 +201,9 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 
 __all__ = [
-    "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts", "TorchDispatchMode",
-    "accepts_cache", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs", "execution_device", "get_cache",
-    "has_forward_pre_hooks", "int8_matmul_cpu", "merge_processor_kwargs", "merge_with_config_defaults", "move_hook",
-    "recurrent_states", "save_registered_names", "should_convert_module", "take_adapter", "take_cache",
+    "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
+    "TorchDispatchMode", "accepts_cache", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
+    "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "merge_processor_kwargs",
+    "merge_with_config_defaults", "move_hook", "recurrent_states", "save_registered_names", "should_convert_module",
+    "take_adapter", "take_cache",
 ]  # fmt: skip

@@ -444,7 +444,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         if mask is None:
             whole.attention_mask = prompt.input_ids.new_ones(len(prompt.input_ids), context.num_tokens + new.length)
         if _rolls_back(config, kwargs):
-            raise ValueError("Assisted decoding rolls its cache back, which a context does not follow: use a cache.")
+            raise ValueError("Assisted decoding rolls its cache back, which no context follows: use a plain cache.")
         has_beams = (config.num_beams or 1) > 1
         outputs = self._answer(config, whole, new, context.cache, kwargs, keeps_cache=has_beams)
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences

@@ -52,8 +52,8 @@ def profile_decoding(model: Any, context: int = 1024, new_tokens: int = 32) -> d
         new_tokens (`int`, defaults to 32): tokens to take the mean of.
 
     Returns:
-        `dict[str, float]`: seconds by class of part, `"rest"` for what is between them, and `"whole token"`, measured apart and
-        without looking at the parts.
+        `dict[str, float]`: seconds by class of part, `"rest"` for what is between them, and `"whole token"`, measured
+        apart and without looking at the parts.
 
     Raises:
         ValueError: if there are no tokens to read or to generate.
