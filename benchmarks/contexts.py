@@ -19,7 +19,7 @@ from report import RESULTS, machine, print_table, run_apart, write_json
 
 import longllava_hf
 from longllava_hf import LongLLaVAContext
-from longllava_hf.image_processing_longllava import VideoFile
+from longllava_hf.video_longllava import VideoFile
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 import longllava_hf
 from longllava_hf import TINY, cli
-from longllava_hf.image_processing_longllava import VideoFile
+from longllava_hf.video_longllava import VideoFile
 
 from .conftest import small_config
 

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from longllava_hf import TINY, LongLLaVAImageProcessor, LongLLaVAProcessor
-from longllava_hf.image_processing_longllava import VideoFile
 from longllava_hf.processing_longllava import CHAT_TEMPLATE
+from longllava_hf.video_longllava import VideoFile
 
 from .conftest import FIXTURES
 

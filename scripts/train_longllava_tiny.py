@@ -41,8 +41,8 @@ from longllava_hf import (
     LongLLaVAImageProcessor,
     LongLLaVAProcessor,
 )
-from longllava_hf.image_processing_longllava import VideoFile
 from longllava_hf.int8_longllava import QUANTIZATIONS, named_quantization
+from longllava_hf.video_longllava import VideoFile
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]

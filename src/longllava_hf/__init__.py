@@ -21,6 +21,7 @@ from .int8_longllava import LongLLaVAInt8Config, register_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
 from .processing_longllava import LongLLaVAProcessor
+from .sources_longllava import LIMITS, InputLimits
 
 
 __version__ = "0.1.0"
@@ -51,7 +52,9 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "LIMITS",
     "TINY",
+    "InputLimits",
     "LazyPixelValues",
     "LongLLaVACache",
     "LongLLaVAConfig",

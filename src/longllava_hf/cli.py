@@ -21,13 +21,15 @@ from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint
-from .image_processing_longllava import Frames, VideoFile, load_picture, read_source
+from .image_processing_longllava import load_picture
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import DEFAULT_NUM_FRAMES
 from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
+from .sources_longllava import read_source
+from .video_longllava import Frames, VideoFile
 
 
 @dataclass

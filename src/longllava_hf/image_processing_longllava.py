@@ -1,14 +1,10 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """Pictures and frames to tensors: decoding, the padding to a square, and CLIP's own preprocessing."""
 
-import base64
-import contextlib
-import io
 import math
 import os
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any, Literal
@@ -16,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.utils import get_session
 from PIL import ExifTags, Image, ImageOps
 from transformers import LlavaImageProcessorPil
 from transformers.image_processing_utils import BatchFeature, get_size_dict, select_best_resolution
@@ -24,77 +19,14 @@ from transformers.image_utils import ChannelDimension, SizeDict, validate_prepro
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
+from .sources_longllava import LIMITS, check_not_empty, check_size, describe_source, read_source
+from .video_longllava import Frames, VideoFile
 
-# Pictures with more pixels are refused: decoding one would take gigabytes. The limit is Pillow's own.
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 
 # Grids of sub-images that "best_fit" chooses from: all up to 6 x 6 (arXiv 2406.16852, section 3).
 DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in range(1, 7)]
 
-_TIMEOUT_SECONDS = 60
 _WORKERS = max(1, min(8, os.cpu_count() or 1))
-
-# Shorter text without a `data:` in front is a path that does not exist; no picture is so small.
-_SHORTEST_BASE64 = 64
-
-# Containers whose index can be trusted to lead to a frame; others are decoded from the start.
-_SEEKABLE = ("mov", "matroska")
-# What FFmpeg takes for a film though it is text or, by its name, a picture.
-_NO_VIDEO_FORMATS = ("image2", "tty", "bin", "xbin", "adf", "idf")
-
-
-def describe_source(source: Any) -> str:
-    """A short name of a picture or video for messages."""
-    if isinstance(source, (str, os.PathLike)):
-        name = str(source)
-        return f"`{name if len(name) <= 200 else name[:60] + '...'}`"
-    if isinstance(source, (bytes, bytearray)):
-        return f"{len(source)} bytes"
-    return type(source).__name__
-
-
-def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.BytesIO:
-    """
-    Something that Pillow and PyAV can open: a local path as it is; the content of a URL, of base64 text (a data URI or
-    bare), or of bytes.
-
-    Raises:
-        OSError: if there is no such file, or the URL cannot be read.
-    """
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    text = os.fspath(source).removeprefix("file://")
-    if text.startswith(("http://", "https://")):
-        try:
-            response = get_session().get(text, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
-            response.raise_for_status()
-        except Exception as error:
-            raise OSError(f"{describe_source(text)} could not be read: {error}") from error
-        return io.BytesIO(response.content)
-    if os.path.isfile(text):
-        return text
-    if os.path.isdir(text):
-        raise IsADirectoryError(f"{describe_source(text)} is a folder, but one file is wanted.")
-    is_data = text.startswith("data:")
-    if is_data or (len(text) >= _SHORTEST_BASE64 and not isinstance(source, os.PathLike)):
-        payload = text.split(",", 1)[-1] if is_data else text
-        with contextlib.suppress(ValueError):
-            return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
-    raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
-
-
-def _check_not_empty(file: str | io.BytesIO, name: str) -> None:
-    if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
-        raise ValueError(f"{name} is empty: it has 0 bytes.")
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is empty: its size is {width} x {height} pixels, and both must be at least 1.")
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is too large: {width} x {height} = {width * height} pixels, and the limit is {MAX_PIXELS}."
-        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -108,14 +40,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
     """The picture in a file, its header read and its pixels not."""
     file = read_source(source)
-    _check_not_empty(file, name)
+    check_not_empty(file, name)
     try:
         image = Image.open(file)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large, the limit is {MAX_PIXELS} pixels: {error}") from error
+        raise ValueError(f"{name} is too large, the limit is {LIMITS.max_pixels} pixels: {error}") from error
     except Exception as error:
         raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
-    _check_size(*image.size, name)
+    check_size(*image.size, name)
     return image
 
 
@@ -157,10 +89,10 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
         if source.ndim not in (2, 3):
             raise ValueError(f"{name} must have 2 or 3 dimensions, but it has {source.ndim}: shape {source.shape}.")
         height, width = source.shape[:2] if _is_channels_last(source) else source.shape[1:]
-        _check_size(width, height, name)
+        check_size(width, height, name)
         return source
     if isinstance(source, Image.Image):
-        _check_size(*source.size, name)
+        check_size(*source.size, name)
         image = source
     elif isinstance(source, (str, os.PathLike, bytes, bytearray)):
         image = _open_picture(source, name)
@@ -173,142 +105,6 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
-
-
-def check_num_frames(num_frames: int | None) -> None:
-    """Raises `ValueError` unless at least one frame is asked for."""
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
-
-
-class VideoFile:
-    """
-    The sampled frames of a video file, decoded with PyAV each time they are iterated over and not before.
-
-    Args:
-        source (`str`, `os.PathLike` or `bytes`): a path, URL, base64 text, or the content of a file.
-        num_frames (`int`, *optional*): how many frames, uniformly from the first to the last; all if there are fewer.
-        fps (`float`, *optional*): frames a second, instead; exactly one of the two may be given, none means all.
-
-    Raises:
-        ValueError: if the file is empty, truncated, or has no video in it.
-        OSError: if there is no such file.
-        ImportError: without PyAV.
-    """
-
-    def __init__(self, source, num_frames: int | None = None, fps: float | None = None, name: str | None = None):
-        if num_frames is not None and fps is not None:
-            raise ValueError(f"Only one of `num_frames` ({num_frames}) and `fps` ({fps}) can be given.")
-        check_num_frames(num_frames)
-        if fps is not None and fps <= 0:
-            raise ValueError(f"`fps` must be positive, but it is {fps}.")
-        self.name = name or f"The video ({describe_source(source)})"
-        file = read_source(source)
-        _check_not_empty(file, self.name)
-        # What had to be fetched or decoded is kept, so that it is fetched once.
-        self.source = file.getvalue() if isinstance(file, io.BytesIO) else file
-        self._index(file)
-        self.indices = self._sample(num_frames, fps)
-
-    def _open(self, file):
-        try:
-            import av
-        except ImportError:
-            raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
-        try:
-            container = av.open(file)
-        except av.FFmpegError as error:
-            raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error}") from error
-        if container.format.name in _NO_VIDEO_FORMATS or container.format.name.endswith("_pipe"):
-            container.close()
-            raise ValueError(f"{self.name} is not a video that FFmpeg can read, but {container.format.long_name}.")
-        return container
-
-    def _index(self, file) -> None:
-        """Read the packets, without decoding them: when each frame is shown, and at which ones decoding can start."""
-        import av
-
-        times, keys, count = [], [], 0
-        with self._open(file) as container:
-            if not container.streams.video:
-                raise ValueError(f"{self.name} has no video stream.")
-            stream = container.streams.video[0]
-            try:
-                for packet in container.demux(stream):
-                    count += packet.size > 0
-                    if packet.pts is not None:
-                        times.append(packet.pts)
-                        if packet.is_keyframe:
-                            keys.append(packet.pts)
-            except av.FFmpegError as error:
-                raise ValueError(f"{self.name} is damaged after {count} frames: {error}") from error
-            declared = stream.frames
-            self._seekable = container.format.name.startswith(_SEEKABLE) and len(times) == count
-            self._time_base = stream.time_base
-            self.fps = float(stream.average_rate or stream.guessed_rate or 0) or None
-        if not count:
-            raise ValueError(f"{self.name} has no frames.")
-        if count < declared:
-            raise ValueError(f"{self.name} is truncated: it should have {declared} frames, and {count} are there.")
-        self.total_frames = count
-        # Elsewhere than in containers with an index, frames are only counted.
-        self._times, self._keys = (sorted(times), sorted(keys)) if self._seekable else (list(range(count)), [])
-
-    def _sample(self, num_frames: int | None, fps: float | None) -> list[int]:
-        total = self.total_frames
-        if fps is not None:
-            if self.fps is None:
-                raise ValueError(f"{self.name} does not say its frame rate; use `num_frames` instead of `fps`.")
-            seconds = np.array(self._times) * float(self._time_base if self._seekable else 1 / self.fps)
-            # The frame that is on the screen at each tick, once.
-            ticks = np.arange(seconds[0], seconds[-1] + 1 / self.fps - 1e-6, 1 / fps)
-            picks = np.unique(np.searchsorted(seconds, ticks + 1e-6, side="right") - 1)
-        elif num_frames is not None and num_frames < total:
-            picks = np.linspace(0, total - 1, num_frames).astype(int)
-        else:
-            picks = np.arange(total)
-        return picks.tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        for frame in self._frames():
-            image = frame.to_image()
-            if rotation := getattr(frame, "rotation", 0):
-                image = image.rotate(rotation, expand=True)
-            _check_size(image.width, image.height, self.name)
-            yield image
-
-    def _frames(self) -> Iterator:
-        """The wanted frames. Where an index leads to them, what none of them depends on is not decoded."""
-        import av
-
-        wanted, done = [self._times[i] for i in self.indices], 0
-        with self._open(read_source(self.source)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO" if self._seekable else "SLICE"
-
-            def decode() -> Iterator[tuple[int, Any]]:
-                if not self._seekable:
-                    return enumerate(container.decode(stream))
-                return ((frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
-
-            frames, position = decode(), self._times[0]
-            try:
-                while done < len(wanted):
-                    key = bisect_right(self._keys, wanted[done]) - 1
-                    if key >= 0 and self._keys[key] > position:
-                        container.seek(self._keys[key], stream=stream)
-                        frames = decode()
-                    position, frame = next(pair for pair in frames if pair[0] >= wanted[done])
-                    while done < len(wanted) and wanted[done] <= position:  # one frame may be wanted several times
-                        yield frame
-                        done += 1
-            except (av.FFmpegError, StopIteration) as error:
-                counts = f"{len(self)} frames were wanted, {done} could be read"
-                reason = str(error) or "it ends early"
-                raise ValueError(f"{self.name} is damaged or truncated: {counts} ({reason}).") from error
 
 
 def ordered_map(function: Callable, items: Iterable, max_workers: int, ahead: int = 0) -> Iterator:
@@ -582,17 +378,4 @@ def _open_films(items: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]
             yield item, whole_only
 
 
-class Frames(Sequence):
-    """The frames of one video, decoded already. No list, which a chat template would rebuild (Transformers 5.24)."""
-
-    def __init__(self, frames: Iterable):
-        self._frames = tuple(frames)
-
-    def __getitem__(self, index):
-        return self._frames[index]
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-
-__all__ = ["Frames", "LazyPixelValues", "LongLLaVAImageProcessor", "VideoFile", "load_picture", "picture_size"]
+__all__ = ["LazyPixelValues", "LongLLaVAImageProcessor", "load_picture", "picture_size"]

@@ -30,13 +30,8 @@ from transformers.video_utils import VideoInput
 
 from .compat_longllava import merge_processor_kwargs
 from .configuration_longllava import hub_arguments, locate_vision_tower
-from .image_processing_longllava import (
-    Frames,
-    LongLLaVAImageProcessor,
-    LongLLaVAImageProcessorKwargs,
-    VideoFile,
-    check_num_frames,
-)
+from .image_processing_longllava import LongLLaVAImageProcessor, LongLLaVAImageProcessorKwargs
+from .video_longllava import Frames, VideoFile, check_num_frames
 
 
 logger = logging.get_logger(__name__)
