@@ -114,39 +114,6 @@ def test_every_kind_of_input_gives_the_same_pixels(processor, tmp_path):
         assert torch.equal(together[i], together[0]), i
 
 
-def test_a_url(processor, tmp_path):
-    import http.server
-    import threading
-
-    photo().save(tmp_path / "photo.png")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        import os
-
-        offline = os.environ.pop("HF_HUB_OFFLINE", None)
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE, before = False, constants.HF_HUB_OFFLINE
-        try:
-            assert torch.equal(pixels(processor, f"{url}/photo.png"), pixels(processor, photo()))
-            with pytest.raises(OSError, match=r"nothing\.png"):
-                processor(f"{url}/nothing.png")
-        finally:
-            constants.HF_HUB_OFFLINE = before
-            if offline is not None:
-                os.environ["HF_HUB_OFFLINE"] = offline
-            server.shutdown()
-
-
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "HSV", "YCbCr"])
 def test_modes(processor, mode, tmp_path):
     image = photo().convert("L").convert(mode) if mode == "LA" else photo(mode=mode)

@@ -3,34 +3,176 @@
 
 import base64
 import contextlib
+import http.client
 import io
+import ipaddress
 import os
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.utils import get_session
 from PIL import Image
 
 
 # Shorter text without a `data:` in front is a path that does not exist; no picture is so small.
 _SHORTEST_BASE64 = 64
+_BLOCK_BYTES = 1 << 16
+# Addresses of the older protocol inside the newer one (RFC 6052).
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass
 class InputLimits:
     """
-    What is accepted of pictures and films, for the whole process; `longllava_hf.LIMITS` is the one that counts.
+    What is accepted of pictures and films. One object, [`LIMITS`], counts for the whole process: set its attributes.
 
     Args:
         max_pixels (`int`): of one picture or frame, width by height. The default is Pillow's own limit.
-        timeout (`float`): seconds that a URL may take.
+        max_memory (`int`): bytes that decoding may take at a time, over all threads; a picture that alone takes more is
+            refused, and others wait for each other.
+        max_bytes (`int`): of what a URL holds.
+        timeout (`float`): seconds that a URL may take from the first step to the last byte.
+        max_redirects (`int`): that a URL may lead through.
+        allow_private_addresses (`bool`): whether URLs may lead to loopback, link-local, private and other addresses that
+            are not global, and go through the environment's proxy, which hides where they lead.
+        allow_local_files (`bool`): whether a text may be the path of a file. A server that passes on what its users
+            write wants `False`.
     """
 
     max_pixels: int = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+    max_memory: int = 1 << 30
+    max_bytes: int = 1 << 29
     timeout: float = 60.0
+    max_redirects: int = 5
+    allow_private_addresses: bool = False
+    allow_local_files: bool = True
 
 
 LIMITS = InputLimits()
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the whole Internet, also if it stands inside an IPv6 address."""
+    ip: Any = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else inside or ip
+    return ip.is_global and not ip.is_multicast
+
+
+class _Connections:
+    """The connections of one download, which are cut off when its time is over."""
+
+    def __init__(self):
+        self.sockets: list[socket.socket] = []
+        self.is_over = False
+
+    def admit(self, connection: Any) -> None:
+        """Keep a connection in mind; raises `OSError` where it must not lead, before anything is sent."""
+        address = connection.sock.getpeername()[0]
+        if not LIMITS.allow_private_addresses and not is_public(address):
+            connection.close()
+            raise PermissionError(
+                f"`{connection.host}` has the address {address}, which is not a public one. To allow such, set"
+                " `longllava_hf.LIMITS.allow_private_addresses = True`."
+            )
+        # A handle of its own, as nothing else may be done with one that another thread reads from.
+        self.sockets.append(socket.socket(fileno=os.dup(connection.sock.fileno())))
+
+    def cut(self) -> None:
+        self.is_over = True
+        for handle in self.sockets:
+            with contextlib.suppress(OSError):
+                handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for handle in self.sockets:
+            handle.close()
+
+
+def _opener(connections: _Connections) -> urllib.request.OpenerDirector:
+    """HTTP and HTTPS and nothing else, whatever a redirect asks for."""
+
+    class Connection(http.client.HTTPConnection):
+        def connect(self):
+            super().connect()
+            connections.admit(self)
+
+    class SecureConnection(http.client.HTTPSConnection, Connection):
+        """Of which the first shakes hands only after the second has admitted the address."""
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(Connection, request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(SecureConnection, request)
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        max_redirections = LIMITS.max_redirects
+
+    opener = urllib.request.OpenerDirector()
+    handlers = [Http(), Https(), Redirects(), urllib.request.HTTPErrorProcessor()]
+    handlers += [urllib.request.HTTPDefaultErrorHandler(), urllib.request.UnknownHandler()]
+    if LIMITS.allow_private_addresses:
+        handlers.append(urllib.request.ProxyHandler())
+    for handler in handlers:
+        opener.add_handler(handler)
+    return opener
+
+
+def _blocks(response: Any) -> Iterator[bytes]:
+    """What a server sends, as long as it is within the limits."""
+    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        raise OSError(f"it is compressed ({encoding}), and unpacked it could have any size")
+    done = 0
+    declared = int(response.headers.get("Content-Length") or 0)
+    while True:
+        block = response.read1(_BLOCK_BYTES)
+        done += len(block)
+        if max(done, declared) > LIMITS.max_bytes:
+            raise OSError(f"it has more than {LIMITS.max_bytes} bytes, which is `longllava_hf.LIMITS.max_bytes`")
+        if not block:
+            break
+        yield block
+    if done < declared:
+        raise OSError(f"it ends after {done} of {declared} bytes")
+
+
+def download(url: str) -> io.BytesIO:
+    """
+    The content of a URL, within [`LIMITS`].
+
+    Raises:
+        OSError: with the reason, if it cannot be read, is too large, takes too long, or leads to where it must not.
+    """
+    connections, content = _Connections(), io.BytesIO()
+    timer = threading.Timer(LIMITS.timeout, connections.cut)
+    timer.daemon = True
+    try:
+        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        headers = {"User-Agent": "longllava_hf", "Accept": "*/*", "Accept-Encoding": "identity"}
+        timer.start()
+        request = urllib.request.Request(quoted, headers=headers)
+        with _opener(connections).open(request, timeout=LIMITS.timeout) as response:
+            for block in _blocks(response):
+                content.write(block)
+        if connections.is_over:
+            raise TimeoutError
+    except Exception as error:
+        seconds = f"it takes more than {LIMITS.timeout:g} seconds, which is `longllava_hf.LIMITS.timeout`"
+        reason = seconds if connections.is_over else getattr(error, "reason", None) or error
+        raise OSError(f"{describe_source(url)} could not be read: {reason}") from error
+    finally:
+        timer.cancel()
+        connections.close()
+    content.seek(0)
+    return content
 
 
 def describe_source(source: Any) -> str:
@@ -50,26 +192,30 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
 
     Raises:
         OSError: if there is no such file, or the URL cannot be read.
+        ValueError: for a `file:` URL.
     """
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
-    text = os.fspath(source).removeprefix("file://")
+    text = os.fsdecode(source)
     if text.startswith(("http://", "https://")):
-        try:
-            response = get_session().get(text, timeout=LIMITS.timeout, follow_redirects=True)
-            response.raise_for_status()
-        except Exception as error:
-            raise OSError(f"{describe_source(text)} could not be read: {error}") from error
-        return io.BytesIO(response.content)
-    if os.path.isfile(text):
-        return text
-    if os.path.isdir(text):
-        raise IsADirectoryError(f"{describe_source(text)} is a folder, but one file is wanted.")
+        return download(text)
+    if text.startswith("file:"):
+        raise ValueError(f"{describe_source(text)} is a URL of a local file; give its path instead.")
     is_data = text.startswith("data:")
+    if not is_data and LIMITS.allow_local_files:
+        if os.path.isfile(text):
+            return text
+        if os.path.isdir(text):
+            raise IsADirectoryError(f"{describe_source(text)} is a folder, but one file is wanted.")
     if is_data or (len(text) >= _SHORTEST_BASE64 and not isinstance(source, os.PathLike)):
         payload = text.split(",", 1)[-1] if is_data else text
         with contextlib.suppress(ValueError):
             return io.BytesIO(base64.b64decode("".join(payload.split()), validate=True))
+    if not LIMITS.allow_local_files:
+        raise PermissionError(
+            f"{describe_source(text)} is not a URL or base64 text, and files are not read, as"
+            " `longllava_hf.LIMITS.allow_local_files` is False."
+        )
     raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
 
 
@@ -87,4 +233,6 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
-__all__ = ["LIMITS", "InputLimits", "check_not_empty", "check_size", "describe_source", "read_source"]
+__all__ = [
+    "LIMITS", "InputLimits", "check_not_empty", "check_size", "describe_source", "download", "is_public", "read_source",
+]  # fmt: skip
