@@ -2,7 +2,13 @@
 
 import base64
 import io
+import pickle
+import subprocess
 import sys
+import textwrap
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -12,9 +18,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from longllava_hf import LongLLaVAImageProcessor
+from longllava_hf import LIMITS, LongLLaVAImageProcessor
 from longllava_hf.image_processing_longllava import (
     LazyPixelValues,
+    _Memory,
     load_picture,
     ordered_map,
     picture_size,
@@ -420,15 +427,16 @@ def test_lazy_pixels_are_the_same(processor, film, tmp_path, settings):
     assert torch.equal(later.skip(2).load(), now["pixel_values"][sum(tiles) :])
 
 
-def test_lazy_pictures_are_decoded_a_little_ahead(processor, tmp_path, monkeypatch):
+def test_lazy_pictures_are_decoded_a_little_ahead(tmp_path):
     photo().save(tmp_path / "x.png")
     loaded = []
 
-    def load(source, name):
-        loaded.append(name)
-        return load_picture(source, name)
+    class Counting(LongLLaVAImageProcessor):
+        def tiles_of(self, number, *args):
+            loaded.append(number)
+            return super().tiles_of(number, *args)
 
-    monkeypatch.setattr("longllava_hf.image_processing_longllava.load_picture", load)
+    processor = Counting(**CLIP)
     lazy = processor([tmp_path / "x.png"] * 100, lazy=True)["pixel_values"]
     assert not loaded
     batches = lazy.split(5)
@@ -475,3 +483,214 @@ def test_size_without_pixels(orientation, tmp_path):
     photo((60, 40)).save(tmp_path / "x.jpg", exif=exif)
     assert picture_size(tmp_path / "x.jpg") == load_picture(tmp_path / "x.jpg").size[::-1]
     assert picture_size(np.zeros((3, 5, 7))) == picture_size(np.zeros((5, 7, 3))) == picture_size(np.zeros((5, 7)))
+
+
+# Edges
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize("size", [(1, 2), (1, 7), (1, 97), (2, 480), (3, 1001), (50, 101), (96, 1000), (33, 2222)])
+def test_long_pictures_are_those_of_the_square(size, resample):
+    """Pillow itself on the square that CLIP's processor would pad to."""
+    processor = LongLLaVAImageProcessor(**CLIP, resample=resample, do_rescale=False, do_normalize=False)
+    for width, height in (size, size[::-1]):
+        noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        square = Image.new("RGB", (max(size), max(size)), tuple(int(x * 255) for x in processor.image_mean))
+        square.paste(Image.fromarray(noise), ((max(size) - width) // 2, (max(size) - height) // 2))
+        expected = np.asarray(square.resize((48, 48), resample)).transpose(2, 0, 1)
+        for source in (Image.fromarray(noise), noise):
+            assert np.array_equal(processor(source)["pixel_values"][0], expected)
+
+
+def in_a_process(script: str) -> float:
+    """Run Python, and return by how many MB its peak memory grew after the line `begin()`."""
+    lines = ["import io, resource, numpy as np", "from PIL import Image", "from longllava_hf import *"]
+    lines += ["peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024", "before = [0]"]
+    lines += ["def begin(): before[0] = peak()", textwrap.dedent(script), "print(peak() - before[0])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def test_memory_follows_width_times_height():
+    grown = in_a_process("""
+        processor = LongLLaVAImageProcessor()
+        processor(Image.new("RGB", (300, 300)))
+        begin()
+        for size in ((1, 16_000), (1, 178_000), (178_000, 1), (540, 10_000)):
+            buffer = io.BytesIO()
+            Image.new("1" if 1 in size else "RGB", size).save(buffer, "PNG")
+            assert processor(buffer.getvalue())["pixel_values"][0].shape == (3, 336, 336)
+    """)
+    assert grown < 150  # of which most is the largest one, decoded; by the square it was 1,500
+
+
+def test_threads_share_the_memory(monkeypatch):
+    monkeypatch.setattr(LIMITS, "max_memory", 1000)
+    memory, together, most = _Memory(), [0], []
+
+    def work(_):
+        with memory.reserve(400, "x"):
+            together[0] += 1
+            most.append(together[0])
+            time.sleep(0.002)
+            together[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert max(most) == 2
+    with pytest.raises(ValueError, match=r"x is too large: decoding and resizing it takes 1001 bytes"):
+        with memory.reserve(1001, "x"):
+            pass
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (1, 100_000_000)])
+def test_what_decoding_takes_is_known_before(processor, size, monkeypatch):
+    monkeypatch.setattr(LIMITS, "max_memory", 800 << 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    header = io.BytesIO()
+    Image.new("1", (1, 1)).save(header, "PNG")
+    data = bytearray(header.getvalue())
+    data[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(ValueError, match=r"Image 0 \(.*\) is too large: decoding and resizing it takes \d+ bytes"):
+        processor(bytes(data))
+
+
+def test_few_frames_wait_to_be_resized():
+    """A film's frames are large, and are not decoded faster than they are resized."""
+    decoded, resized = [], []
+
+    def frames():
+        for i in range(50):
+            decoded.append(i)
+            yield i
+
+    def resize(frame):
+        time.sleep(0.002)
+        resized.append(frame)
+        assert len(decoded) - len(resized) <= 5
+        return frame
+
+    assert list(ordered_map(resize, frames(), max_workers=2, ahead=40)) == list(range(50))
+
+
+def test_integers_and_floats_of_any_range(processor):
+    grey = np.asarray(photo(mode="L"))
+    expected = pixels(processor, Image.fromarray(grey).convert("RGB"))
+    color = np.asarray(photo())
+    for value in (grey.astype(np.int32), grey.astype(np.int32) * 257, grey.astype(np.float32)):
+        assert torch.equal(pixels(processor, Image.fromarray(value)), expected)
+    unit = Image.fromarray(grey.astype(np.float32) / 255)
+    assert unit.mode == "F" and torch.equal(pixels(processor, unit), expected)
+    expected = pixels(processor, Image.fromarray(color))
+    for dtype in (np.int16, np.int64, np.float16, np.float32, np.float64):
+        assert torch.equal(pixels(processor, color.astype(dtype)), expected), dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        whole = torch.tensor(color).permute(2, 0, 1).to(dtype)
+        assert torch.equal(pixels(processor, whole), expected), dtype
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert torch.equal(pixels(processor, (torch.tensor(color) / 255).to(dtype)), expected), dtype
+    near = pixels(processor, (torch.tensor(color) / 255).to(torch.bfloat16))
+    assert (near - expected).abs().max() < 0.02
+
+
+def test_floats_between_0_and_1_are_as_clips(processor):
+    """What Transformers' users do: values in 0..1, and `do_rescale=False`."""
+    unit = np.asarray(photo((48, 48))).astype(np.float32) / 255
+    clip = CLIPImageProcessorPil(**CLIP, do_resize=False)
+    expected = clip(unit, do_rescale=False, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    assert torch.allclose(pixels(processor, unit, do_rescale=False), expected, atol=1e-6)
+    assert torch.allclose(pixels(processor, photo((48, 48))), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 256.0])
+def test_values_that_no_picture_has(processor, value):
+    picture = np.full((20, 20, 3), 0.5)
+    picture[3, 4, 1] = value
+    with pytest.raises(ValueError, match=r"Image 0 \(ndarray\) must hold values in 0\.\.255 or 0\.\.1, but has"):
+        processor(picture)
+    with pytest.raises(ValueError, match="Image 0"):
+        processor(np.full((20, 20, 3), 300, np.int32))
+    with pytest.raises(ValueError, match="must hold numbers"):
+        processor(np.full((20, 20, 3), "x"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["tiff", "jpeg", "png", "webp"])
+def test_orientations_of_every_format(processor, tmp_path, kind, orientation):
+    file = tmp_path / f"x.{kind}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo((120, 60)).save(file, exif=exif)
+    options = {"patch_strategy": "best_fit", "image_grid_pinpoints": [[1, 2], [2, 1]]}
+    eager, lazy = processor(file, **options, return_tensors="pt"), processor(file, **options, lazy=True)
+    assert eager["image_grids"].tolist() == np.asarray(lazy["image_grids"]).tolist()
+    assert eager["image_grids"].tolist() == [[2, 1] if orientation > 4 else [1, 2]]
+    assert torch.equal(lazy["pixel_values"].load(), eager["pixel_values"])
+
+
+def test_damaged_files_are_named_in_every_mode(processor, tmp_path):
+    file = tmp_path / "x.png"
+    photo((200, 100)).save(file)
+    whole, outcomes = file.read_bytes(), set()
+    for position in range(8, len(whole), 97):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        for options in ({}, {"lazy": True}, {"lazy": True, "patch_strategy": "best_fit"}):
+            try:
+                found = processor(file, **options, return_tensors="pt")["pixel_values"]
+                outcomes.add(bool(torch.isfinite(found.load() if options else found).all()))
+            except ValueError as error:
+                assert "Image 0 (" in str(error) and "x.png" in str(error)
+                outcomes.add(False)
+    assert False in outcomes
+
+
+def test_a_file_that_vanishes(processor, tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file in files:
+        photo().save(file)
+    lazy = processor(files, lazy=True)["pixel_values"]
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"Image 1 \(`.*1\.png`\) cannot be read"):
+        lazy.load()
+
+
+def test_no_program_is_started_for_a_picture(processor):
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with Image.open(io.BytesIO(script)) as image:
+        assert image.format == "EPS"
+    with pytest.raises(ValueError, match=r"Image 0 \(.*\) is not a picture"):
+        processor(script)
+
+
+def test_lazy_pixels_are_as_a_tensor(processor, film, tmp_path):
+    photo((200, 100)).save(tmp_path / "x.png")
+    sources = [tmp_path / "x.png", VideoFile(film(9), num_frames=5), photo((50, 300)), tmp_path / "x.png"]
+    lazy = processor(sources, lazy=True, patch_strategy="best_fit", image_grid_pinpoints=[[1, 2], [2, 1]])[
+        "pixel_values"
+    ]
+    whole = lazy.load()
+    assert lazy.shape == whole.shape and len(lazy) == len(whole) and lazy.ndim == whole.ndim == 4
+    assert lazy.dtype == whole.dtype and lazy.device == whole.device
+    assert torch.equal(torch.stack(list(lazy)), whole)
+    for index in (0, 3, -1, np.int64(5), slice(2, 7), slice(None), slice(-3, None), slice(4, 4), slice(None, None, 3)):
+        assert torch.equal(lazy[index], whole[index]), index
+    for index in (len(whole), -len(whole) - 1):
+        with pytest.raises(IndexError):
+            lazy[index]
+    half = lazy.to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and lazy.dtype == torch.float32
+    assert torch.equal(half.load(), whole.to(torch.bfloat16)) and torch.equal(half[3:5], whole[3:5].to(torch.bfloat16))
+    assert lazy.to("meta").device.type == "meta" and lazy.to("cpu", non_blocking=True).device.type == "cpu"
+    again = pickle.loads(pickle.dumps(half.skip(1)))
+    assert again.dtype == torch.bfloat16 and torch.equal(again.load(), half.load()[3:])
+
+
+def test_lazy_pixels_pass_through_the_workers_of_a_data_loader(processor, tmp_path):
+    photo().save(tmp_path / "x.png")
+    samples = [processor([tmp_path / "x.png"] * n, lazy=True)["pixel_values"] for n in (1, 2, 3)]
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=2)
+    found = [lazy.load() for lazy in loader]
+    assert [len(x) for x in found] == [1, 2, 3]
+    assert all(torch.equal(tile, pixels(processor, photo())[0]) for x in found for tile in x)

@@ -195,11 +195,9 @@ def test_public_addresses(address):
 def test_local_files(limits, tmp_path):
     file = tmp_path / "x.png"
     file.write_bytes(picture()[1])
-    assert read_source(file) == str(file)
-    with pytest.raises(ValueError, match="give its path instead"):
-        read_source(file.as_uri())
+    assert read_source(file) == read_source(file.as_uri()) == str(file)
     limits(allow_local_files=False)
-    for name in (file, str(file), str(tmp_path)):
+    for name in (file, str(file), file.as_uri(), str(tmp_path)):
         with pytest.raises(OSError, match=r"LIMITS\.allow_local_files"):
             read_source(name)
     assert read_source(file.read_bytes()).read() == file.read_bytes()

@@ -1,12 +1,17 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """Pictures and frames to tensors: decoding, the padding to a square, and CLIP's own preprocessing."""
 
+import copy
 import math
+import operator
 import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from contextlib import contextmanager
+from itertools import accumulate, chain
+from threading import Condition, Semaphore
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +24,7 @@ from transformers.image_utils import ChannelDimension, SizeDict, validate_prepro
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .sources_longllava import LIMITS, check_not_empty, check_size, describe_source, read_source
+from .sources_longllava import LIMITS, check_memory, check_not_empty, check_size, describe_source, read_source
 from .video_longllava import Frames, VideoFile
 
 
@@ -28,27 +33,138 @@ DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in
 
 _WORKERS = max(1, min(8, os.cpu_count() or 1))
 
+# What is read as a picture. EPS is not among them, as Pillow hands it to a program of its own.
+_PICTURE_FORMATS = [
+    *(
+        "AVIF",
+        "BLP",
+        "BMP",
+        "CUR",
+        "DCX",
+        "DDS",
+        "DIB",
+        "FLI",
+        "FTEX",
+        "GBR",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "IM",
+        "IMT",
+        "IPTC",
+    ),
+    *("JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER"),
+    *("SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+]
+
+# Support and weights of Pillow's filters, as `Image.resize` applies them.
+_FILTERS: dict[int, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
+    Image.Resampling.BILINEAR: (1.0, lambda x: np.maximum(1 - x, 0)),
+    Image.Resampling.BICUBIC: (
+        2.0,
+        lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0)),
+    ),
+    Image.Resampling.LANCZOS: (3.0, lambda x: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)),
+}
+_FILTER_BITS = 22
+_BAND_BYTES = 1 << 24
+
+
+class _Memory:
+    """What decoding takes at a time, over all threads: [`LIMITS`]`.max_memory`."""
+
+    def __init__(self):
+        self._used, self._changed = 0, Condition()
+
+    @contextmanager
+    def reserve(self, needed: int, name: str) -> Iterator[None]:
+        """Wait until there is room. Raises `ValueError` where there will never be."""
+        check_memory(needed, name)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + needed <= LIMITS.max_memory or self._used == 0)
+            self._used += needed
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= needed
+                self._changed.notify_all()
+
+
+_MEMORY = _Memory()
+
+
+def _bytes_needed(picture: Image.Image | np.ndarray, is_decoded: bool) -> int:
+    """What it takes to decode a picture and to resize it: its pixels, those in RGB, and the filter's weights."""
+    if isinstance(picture, np.ndarray):
+        return 128 * max(picture.shape)
+    if picture.mode.startswith(("I", "F")):
+        a_pixel = 16
+    else:
+        a_pixel = (4 if len(picture.getbands()) > 1 else 1) + (0 if picture.mode == "RGB" else 4)
+    return (0 if is_decoded else picture.width * picture.height * a_pixel) + 128 * max(picture.size)
+
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # 16 bits a pixel; Pillow's own conversion would clip them at 255.
-        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        image = Image.fromarray((values // 257).astype(np.uint8))
+    """In 8 bits a channel, to which Pillow's own conversion would clip deeper ones."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        image = Image.fromarray(_to_uint8(values, "its pixels")[0])
+    elif image.mode.startswith("I"):
+        values = np.asarray(image)
+        # Of 16 bits where the file or a value says so; otherwise the mode is that of any integers.
+        if image.mode != "I" or image.format == "PNG" or values.max() > 255:
+            values = values.clip(0, 65535) // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
+    """An array of any dtype with values in 0..255, and whether they were given in 0..1."""
+    kind = picture.dtype.kind
+    if kind == "b":
+        return picture.astype(np.uint8) * 255, False
+    if picture.dtype == np.uint16:
+        return (picture // 257).astype(np.uint8), False
+    if picture.dtype == np.uint8:
+        return picture, False
+    if kind not in "iuf":
+        raise ValueError(f"{name} must hold numbers, but its dtype is {picture.dtype}.")
+    low, high = picture.min(), picture.max()
+    if not (low >= 0 and high <= 255):  # nor NaN
+        raise ValueError(f"{name} must hold values in 0..255 or 0..1, but has {low} to {high}.")
+    is_unit = kind == "f" and high <= 1
+    return np.rint(picture * 255.0 if is_unit else picture).astype(np.uint8), is_unit
 
 
 def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
     """The picture in a file, its header read and its pixels not."""
-    file = read_source(source)
-    check_not_empty(file, name)
     try:
-        image = Image.open(file)
+        file = read_source(source)
+        check_not_empty(file, name)
+    except OSError as error:
+        raise type(error)(f"{name} cannot be read: {error}") from error
+    Image.init()
+    formats = [kind for kind in _PICTURE_FORMATS if kind in Image.OPEN]
+    try:
+        image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large, the limit is {LIMITS.max_pixels} pixels: {error}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise type(error)(error.errno, f"{name} cannot be read: {error.strerror}") from error
         raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
     check_size(*image.size, name)
     return image
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """`ValueError` with the picture's name, whatever the decoder of a damaged file raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
 
 
 def _is_channels_last(picture: np.ndarray) -> bool:
@@ -56,32 +172,23 @@ def _is_channels_last(picture: np.ndarray) -> bool:
 
 
 def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
-    """Height and width of a picture as [`load_picture`] would give it; of a file, only the header is read."""
+    """Height and width of a picture as [`load_picture`] would give it; of most files, only the header is read."""
     name = name or f"The picture ({describe_source(source)})"
     if isinstance(source, (str, os.PathLike, bytes, bytearray)):
         with _open_picture(source, name) as image:
-            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return image.size if lies_on_its_side else image.size[::-1]
+            # Some releases of Pillow turn a TIFF as they decode it, and say so before.
+            if image.format != "TIFF":
+                with _damage_named(name):
+                    lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                return image.size if lies_on_its_side else image.size[::-1]
     picture = load_picture(source, name)
     if isinstance(picture, Image.Image):
         return picture.size[::-1]
     return picture.shape[:2] if _is_channels_last(picture) else picture.shape[1:]
 
 
-def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
-    """
-    A picture as an RGB PIL image, upright as its EXIF orientation says; arrays and tensors as arrays.
-
-    Args:
-        source: a path, a URL, base64 text, bytes, a PIL image in any mode, or an array or tensor of shape `(height,
-            width)`, `(height, width, channels)` or `(channels, height, width)`, with values in 0..255 or 0..1.
-        name (`str`, *optional*): what to call it in errors.
-
-    Raises:
-        ValueError: if it is empty, damaged, too large, or no picture at all.
-        OSError: if there is no such file.
-    """
-    name = name or f"The picture ({describe_source(source)})"
+def _open(source: Any, name: str) -> Image.Image | np.ndarray:
+    """A picture of any kind, of which files are not decoded yet."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -93,27 +200,112 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
         return source
     if isinstance(source, Image.Image):
         check_size(*source.size, name)
-        image = source
-    elif isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        image = _open_picture(source, name)
-    else:
-        raise ValueError(
-            f"{name} must be a path, a URL, base64 text, bytes, a PIL image, an array or a tensor, but it is a"
-            f" {type(source).__name__}."
-        )
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+        return source
+    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        return _open_picture(source, name)
+    raise ValueError(
+        f"{name} must be a path, a URL, base64 text, bytes, a PIL image, an array or a tensor, but it is a"
+        f" {type(source).__name__}."
+    )
+
+
+def _decode(picture: Image.Image | np.ndarray, name: str) -> Image.Image | np.ndarray:
+    """What [`_open`] gave, upright and in RGB."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    with _damage_named(name):
+        return _to_rgb(ImageOps.exif_transpose(picture))
+
+
+def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
+    """
+    A picture as an RGB PIL image, upright as its EXIF orientation says; arrays and tensors as arrays. Of a file with
+    several pages the first.
+
+    Args:
+        source: a path, a URL, base64 text, bytes, a PIL image in any mode, or an array or tensor of shape `(height,
+            width)`, `(height, width, channels)` or `(channels, height, width)`, with values in 0..255 or 0..1.
+        name (`str`, *optional*): what to call it in errors.
+
+    Raises:
+        ValueError: if it is empty, damaged, too large, or no picture at all.
+        OSError: if there is no such file, or it cannot be read.
+    """
+    name = name or f"The picture ({describe_source(source)})"
+    picture = _open(source, name)
+    with _MEMORY.reserve(_bytes_needed(picture, picture is source), name):
+        return _decode(picture, name)
+
+
+def _taps(position: int, total: int, size: int, resample: int) -> tuple[int, np.ndarray]:
+    """Where Pillow begins to read for one of `size` pixels made of `total`, and its integer weights."""
+    support, weigh = _FILTERS[resample]
+    scale = total / size
+    support, center = support * max(scale, 1.0), (position + 0.5) * scale
+    first, end = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), total)
+    weights = weigh(np.abs((np.arange(first, end) - center + 0.5) * (1 / max(scale, 1.0))))
+    weights = weights / np.cumsum(weights)[-1]  # one after the other, as Pillow adds them
+    return first, np.trunc(weights * (1 << _FILTER_BITS) + np.copysign(0.5, weights)).astype(np.int64)
+
+
+def _resize_padded(
+    lines: np.ndarray, total: int, size: int, resample: int, background: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    One of the two passes of Pillow's `resize`, bit for bit, over something mostly empty.
+
+    Args:
+        lines (`np.ndarray` of shape `(n, length, 3)`, uint8): in the middle of `total` lines, all others of `background`.
+        total, size (`int`): lines before and after.
+
+    Returns:
+        `np.ndarray` of shape `(m, length, 3)`: the lines that differ; and `(size,)`: which of them stands where.
+    """
+    start, count, length = (total - len(lines)) // 2, len(lines), lines.shape[1]
+    color, half = np.array(background, dtype=np.int64), 1 << (_FILTER_BITS - 1)
+    plan: list[tuple[int, np.ndarray, np.ndarray]] = []
+    where, known = np.empty(size, dtype=np.int64), {}
+    for position in range(size):
+        first, weights = _taps(position, total, size, resample)
+        begin, end = (min(max(edge - first, 0), len(weights)) for edge in (start, start + count))
+        rest = half + color * (weights[:begin].sum() + weights[end:].sum())
+        key = (position,) if begin < end else tuple(rest.tolist())
+        if key not in known:
+            known[key] = len(plan)
+            plan.append((first + begin - start, weights[begin:end].astype(np.float64), rest))
+        where[position] = known[key]
+    result = np.empty((len(plan), length, 3), dtype=np.uint8)
+    band = max(1, _BAND_BYTES // (count * 24))
+    for left in range(0, length, band):
+        # Sums of products of integers below 2^53 are exact, and much faster so.
+        some = np.ascontiguousarray(lines[:, left : left + band]).reshape(count, -1).astype(np.float64)
+        for number, (begin, weights, rest) in enumerate(plan):
+            total_of = weights @ some[begin : begin + len(weights)] if len(weights) else np.zeros(some.shape[1])
+            values = (total_of.astype(np.int64).reshape(-1, 3) + rest) >> _FILTER_BITS
+            result[number, left : left + band] = values.clip(0, 255)
+    return result, where
 
 
 def ordered_map(function: Callable, items: Iterable, max_workers: int, ahead: int = 0) -> Iterator:
-    """`map` in threads, in order, taking from `items` only as far ahead of what is asked for as one is told."""
+    """
+    `map` in threads, in order. As many results as one is told may wait to be taken, but of the items, which may be large,
+    hardly more than there are threads.
+    """
+    waiting = Semaphore(max_workers + 1)
+
+    def work(item: Any) -> Any:
+        try:
+            return function(item)
+        finally:
+            waiting.release()
+
     with ThreadPoolExecutor(max_workers) as pool:
         pending: deque = deque()
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
+                waiting.acquire()
+                pending.append(pool.submit(work, item))
+                del item
                 if len(pending) > max(ahead, 2 * max_workers):
                     yield pending.popleft().result()
             while pending:
@@ -129,31 +321,80 @@ class LazyPixelValues:
     before them: what [`LongLLaVAImageProcessor`] returns with `lazy=True`. `generate` and `prefill` take it as it is;
     [`~LazyPixelValues.load`] makes a tensor of it. Each use decodes again.
 
+    It has the `shape`, `ndim`, `dtype`, `device`, `to`, length, items and slices of a tensor, can be iterated over, and
+    pickled for the workers of a `DataLoader`.
+
     Args:
         items (`list`): pictures and films, each with whether only the whole of it is wanted.
-        process (`Callable`): from a picture's number, the picture, and that, to its tiles.
+        processor ([`LongLLaVAImageProcessor`]): that makes tiles of them.
+        settings (`dict`): of the call that it does so for.
         counts (`list[int]`): tiles of each item.
         shape (`tuple[int, int, int]`): of a tile.
         first (`int`, defaults to 0): number of the first picture, for messages.
+        like (`torch.Tensor`, *optional*): whose dtype and device it has; by default float32, on the CPU.
     """
 
-    def __init__(self, items: list, process: Callable, counts: list[int], shape: tuple[int, int, int], first: int = 0):
-        self._items, self._process, self._counts, self._first = items, process, counts, first
-        self.shape = (sum(counts), *shape)
+    ndim = 4
+
+    def __init__(
+        self,
+        items: list,
+        processor: "LongLLaVAImageProcessor",
+        settings: dict[str, Any],
+        counts: list[int],
+        shape: tuple[int, int, int],
+        first: int = 0,
+        like: torch.Tensor | None = None,
+    ):
+        self._items, self._processor, self._settings, self._counts = items, processor, settings, counts
+        self._first, self._like = first, torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
+        self.shape = torch.Size((sum(counts), *shape))
+
+    dtype = property(lambda self: self._like.dtype)
+    device = property(lambda self: self._like.device)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={self.shape})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def to(self, *args, **kwargs) -> "LazyPixelValues":
+        """As [`torch.Tensor.to`]: another one, whose tensors are of that dtype and on that device."""
+        result = copy.copy(self)
+        result._like = self._like.to(*args, **kwargs)
+        return result
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in self.split(_WORKERS):
+            yield from batch
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if not isinstance(index, slice):
+            position = operator.index(index)
+            if not -len(self) <= position < len(self):
+                raise IndexError(f"index {position} is out of bounds for {len(self)} tiles")
+            return self[position : position + 1 or None][0]
+        begin, end, step = index.indices(len(self))
+        if step != 1:
+            return self.load()[index]
+        ends = list(accumulate(self._counts))
+        low, high = bisect_right(ends, begin), bisect_right(ends, end - 1) + 1
+        if begin >= end:
+            return self._like.new_empty(0, *self.shape[1:])
+        offset = begin - (ends[low] - self._counts[low])
+        return self._select(slice(low, high)).load()[offset : offset + end - begin]
 
     def split(self, size: int) -> Iterator[torch.Tensor]:
-        """Tensors `(size, 3, height, width)`, float32, the last one maybe smaller. The next is made meanwhile."""
+        """Tensors `(size, 3, height, width)`, the last one maybe smaller. The next is made meanwhile."""
         numbered = enumerate(_open_films(self._items), self._first)
         pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
         most = max(pictures, default=1)  # a film's frames are one tile each
-        done = ordered_map(lambda item: self._process(item[0], *item[1]), numbered, _WORKERS, ahead=size // most)
-        left, filled, batch, shape = len(self), 0, None, self.shape[1:]
+        process = self._processor.tiles_of
+        done = ordered_map(
+            lambda n: process(n[0], n[1][0], n[1][1], self._settings)[0], numbered, _WORKERS, ahead=size // most
+        )
+        left, filled, batch, shape = len(self), 0, None, tuple(self.shape[1:])
         for tile in chain.from_iterable(done):
             if tile.shape != shape:
                 raise ValueError(f"With `lazy=True` a tile must have the shape {shape}, but it is {tile.shape}.")
@@ -162,20 +403,31 @@ class LazyPixelValues:
             batch.numpy()[filled] = tile
             filled += 1
             if filled == len(batch):
-                full, left, filled, batch = [batch], left - filled, 0, None
+                full, left, filled, batch = [batch.to(self._like)], left - filled, 0, None
                 yield full.pop()  # nothing here holds on to it while the next one is made
         if batch is not None:
-            yield batch[:filled]
+            yield batch[:filled].to(self._like)
+
+    def _select(self, part: slice) -> "LazyPixelValues":
+        before = (len(item) if isinstance(item, VideoFile) else 1 for item, _ in self._items[: part.start])
+        _, *shape = self.shape
+        return LazyPixelValues(
+            self._items[part],
+            self._processor,
+            self._settings,
+            self._counts[part],
+            tuple(shape),  # type: ignore[arg-type]
+            self._first + sum(before),
+            self._like,
+        )
 
     def skip(self, items: int) -> "LazyPixelValues":
         """The same without the first so many pictures or films."""
-        _, *shape = self.shape
-        first = self._first + items
-        return LazyPixelValues(self._items[items:], self._process, self._counts[items:], tuple(shape), first)  # type: ignore[arg-type]
+        return self._select(slice(items, None))
 
     def load(self) -> torch.Tensor:
         """All of them, `(tiles, 3, height, width)`."""
-        return torch.cat(list(self.split(len(self)))) if len(self) else torch.empty(self.shape)
+        return torch.cat(list(self.split(len(self)))) if len(self) else self._like.new_empty(self.shape)
 
 
 class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -216,10 +468,8 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     image_seq_length = 144
     lazy = False
 
-    def _to_array(self, picture: Image.Image | np.ndarray, name: str, settings: dict) -> np.ndarray:
-        """What [`load_picture`] gives as an array `(channels, height, width)`, its values between 0 and 255."""
-        if isinstance(picture, Image.Image):
-            return np.asarray(picture).transpose(2, 0, 1)
+    def _to_array(self, picture: np.ndarray, name: str, settings: dict) -> tuple[np.ndarray, bool]:
+        """An array as one of shape `(channels, height, width)`, uint8, and whether its values were given in 0..1."""
         if picture.ndim == 2:
             picture = picture[None]
         data_format = settings["input_data_format"]
@@ -229,13 +479,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             raise ValueError(f"{name} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
         if picture.shape[0] != 3 and settings["do_convert_rgb"]:
             picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
-        if picture.dtype == bool:
-            picture = picture.astype(np.uint8) * 255
-        elif picture.dtype == np.uint16:
-            picture = (picture // 257).astype(np.uint8)
-        elif np.issubdtype(picture.dtype, np.floating) and settings["do_rescale"] and picture.max() <= 1:
-            picture = picture * 255  # given between 0 and 1
-        return np.ascontiguousarray(picture)
+        return _to_uint8(picture, name)
 
     def best_grid(self, height: int, width: int, tile: int, pinpoints: list | None = None) -> tuple[int, int]:
         """Rows and columns of `tile`-sized sub-images that lose the least of a picture and waste the least of a grid."""
@@ -243,53 +487,82 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         best_height, best_width = select_best_resolution((height, width), resolutions)
         return best_height // tile, best_width // tile
 
-    def _sub_images(self, image: np.ndarray, grid: tuple[int, int], tile: int, resample) -> list[np.ndarray]:
-        """`image` fitted into the grid, the rest black, cut into tiles in raster order (arXiv 2406.16852, section 3)."""
-        (rows, columns), (channels, height, width) = grid, image.shape
-        full = (rows * tile, columns * tile)
-        scale = min(full[0] / height, full[1] / width)
-        size = SizeDict(height=min(math.ceil(height * scale), full[0]), width=min(math.ceil(width * scale), full[1]))
-        fitted = self.resize(image, size, resample=resample)
-        canvas = np.zeros((channels, *full), dtype=fitted.dtype)
-        top, left = (full[0] - size.height) // 2, (full[1] - size.width) // 2
-        canvas[:, top : top + size.height, left : left + size.width] = fitted
-        tiles = canvas.reshape(-1, rows, tile, columns, tile).transpose(1, 3, 0, 2, 4)
-        return list(tiles.reshape(rows * columns, -1, tile, tile))
+    def _sub_images(self, picture: Image.Image, grid: tuple[int, int], tile: int, resample) -> list[np.ndarray]:
+        """A picture fitted into the grid, the rest black, cut into tiles in raster order (arXiv 2406.16852, section 3)."""
+        (rows, columns), (width, height) = grid, picture.size
+        full = (columns * tile, rows * tile)
+        scale = min(full[1] / height, full[0] / width)
+        fitted = picture.resize(
+            (min(math.ceil(width * scale), full[0]), min(math.ceil(height * scale), full[1])), resample
+        )
+        canvas = Image.new("RGB", full)
+        canvas.paste(fitted, ((full[0] - fitted.width) // 2, (full[1] - fitted.height) // 2))
+        tiles = np.asarray(canvas).reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3)
+        return list(tiles.reshape(rows * columns, 3, tile, tile))
 
     def _fit_square(self, picture: Image.Image, side: int, resample: int, background: tuple[int, ...]) -> np.ndarray:
-        """The picture in the middle of a square of `background`, resized: `(3, side, side)`, as an array would be."""
+        """
+        The picture in the middle of a square of `background`, resized: `(3, side, side)`, as an array would be. Takes
+        time and memory by the picture, and not by the square.
+        """
         width, height = picture.size
-        if width > height:
-            # Pillow resizes rows, then columns; rows of one colour stay as they are.
-            scaled, picture = picture.resize((side, height), resample), Image.new("RGB", (side, width), background)
-            picture.paste(scaled, (0, (width - height) // 2))
-        elif width < height:
-            narrow, picture = picture, Image.new("RGB", (height, height), background)
-            picture.paste(narrow, ((height - width) // 2, 0))
+        # Pillow resizes rows, then columns.
+        if width > 2 * height and resample in _FILTERS:
+            lines = np.asarray(picture.resize((side, height), resample))
+            lines, where = _resize_padded(lines, width, side, resample, background)
+            return lines[where].transpose(2, 0, 1)
+        if height > 2 * width and resample in _FILTERS:
+            columns, where = _resize_padded(np.asarray(picture).transpose(1, 0, 2), height, side, resample, background)
+            narrow = Image.fromarray(np.ascontiguousarray(columns.transpose(1, 0, 2)))
+            return np.asarray(narrow.resize((len(columns), side), resample))[:, where].transpose(2, 0, 1)
+        if width != height:
+            edge = max(width, height)
+            inner, picture = picture, Image.new("RGB", (edge, edge), background)
+            picture.paste(inner, ((edge - width) // 2, (edge - height) // 2))
         return np.asarray(picture.resize((side, side), resample)).transpose(2, 0, 1)
 
-    def _tiles(
-        self, source: Any, name: str, whole_only: bool, settings: dict
+    def tiles_of(
+        self, number: int, source: Any, whole_only: bool, settings: dict[str, Any]
     ) -> tuple[list[np.ndarray], tuple[int, int]]:
         """A picture, then its sub-images, as the tower takes them; and the sub-images' rows and columns."""
+        name = f"Image {number} ({describe_source(source)})"
+        picture = _open(source, name)
+        with _MEMORY.reserve(_bytes_needed(picture, picture is source), name):
+            return self._tiles(_decode(picture, name), name, whole_only, settings)
+
+    def _tiles(
+        self, picture: Image.Image | np.ndarray, name: str, whole_only: bool, settings: dict[str, Any]
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
         size, resample, mean = settings["size"], settings["resample"], settings["image_mean"]
-        picture, grid = load_picture(source, name), (0, 0)
         background: Any = tuple(int(x * 255) for x in mean or (0,))
+        grid, is_unit, array = (0, 0), False, None
+        if isinstance(picture, np.ndarray):
+            array, is_unit = self._to_array(picture, name, settings)
+            if len(array) == 3:
+                picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(array, 0, -1)))
         is_usual = settings["do_pad"] and settings["do_resize"] and mean is not None and isinstance(resample, int)
         if is_usual and isinstance(picture, Image.Image) and size.shortest_edge and not size.longest_edge:
             tiles = [self._fit_square(picture, size.shortest_edge, resample, background)]
         else:
-            tile = self._to_array(picture, name, settings)
-            tile = self.pad_to_square(tile, background) if settings["do_pad"] else tile
+            tile = np.asarray(picture).transpose(2, 0, 1) if array is None else array
+            if settings["do_pad"]:
+                check_memory(len(tile) * max(tile.shape[1:]) ** 2, name)
+                tile = self.pad_to_square(tile, background)
             tiles = [self.resize(tile, size, resample=resample) if settings["do_resize"] else tile]
         if settings["patch_strategy"] == "best_fit" and not whole_only:
-            image, side = self._to_array(picture, name, settings), settings["crop_size"].height
-            grid = self.best_grid(image.shape[1], image.shape[2], side, settings["image_grid_pinpoints"])
-            tiles += self._sub_images(image, grid, side, resample)
+            if not isinstance(picture, Image.Image):
+                raise ValueError(
+                    f'{name} must have 3 channels for `patch_strategy="best_fit"`, but has {len(picture)}.'
+                )
+            side = settings["crop_size"].height
+            grid = self.best_grid(picture.height, picture.width, side, settings["image_grid_pinpoints"])
+            tiles += self._sub_images(picture, grid, side, resample)
         if settings["do_center_crop"]:
             tiles = [self.center_crop(tile, settings["crop_size"]) for tile in tiles]
         if settings["do_rescale"]:
             tiles = [self.rescale(tile, settings["rescale_factor"]) for tile in tiles]
+        elif is_unit:  # as it was given
+            tiles = [self.rescale(tile, 1 / 255) for tile in tiles]
         if settings["do_normalize"]:
             tiles = [self.normalize(tile, mean, settings["image_std"]) for tile in tiles]
         return tiles, grid
@@ -323,9 +596,6 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         if not items:
             raise ValueError("At least one image must be given, but there are 0.")
 
-        def process(number: int, source: Any, whole_only: bool) -> tuple[list[np.ndarray], tuple[int, int]]:
-            return self._tiles(source, f"Image {number} ({describe_source(source)})", whole_only, settings)
-
         pixel_values: Any = []
         grids: list[tuple[int, int]] = []
         if settings["lazy"]:
@@ -335,9 +605,10 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             counts = [sum(1 + rows * columns for rows, columns in of_item) for of_item in by_item]
             grids, return_tensors = list(chain.from_iterable(by_item)), None
             shape = (3, settings["crop_size"].height, settings["crop_size"].width)
-            pixel_values = LazyPixelValues(items, lambda *item: process(*item)[0], counts, shape)
+            pixel_values = LazyPixelValues(items, self, settings, counts, shape)
         else:
-            done = ordered_map(lambda item: process(item[0], *item[1]), enumerate(_open_films(items)), _WORKERS)
+            numbered = enumerate(_open_films(items))
+            done = ordered_map(lambda n: self.tiles_of(n[0], n[1][0], n[1][1], settings), numbered, _WORKERS)
             for tiles, grid in logging.tqdm(done, desc="Preparing images", delay=1.0, leave=False):
                 pixel_values.extend(tiles)
                 grids.append(grid)

@@ -69,6 +69,17 @@ class LongLLaVACausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+def check_finite(pixel_values: torch.Tensor) -> None:
+    """Raises `ValueError` for pictures with NaN or infinite values, unless the model is being compiled or planned."""
+    if pixel_values.is_meta or torch.compiler.is_compiling():
+        return
+    # A sum needs no memory of its own, and is finite if all is.
+    if not math.isfinite(pixel_values.detach().sum(dtype=torch.float32)):
+        sums = pixel_values.detach().flatten(1).sum(1, dtype=torch.float32)
+        wrong = (~sums.isfinite()).nonzero()[:, 0].tolist()
+        raise ValueError(f"`pixel_values` must be finite, but those of images {wrong} (of {len(sums)}) are not.")
+
+
 def pool_patches(patches: torch.Tensor, mode: str) -> torch.Tensor:
     """
     A quarter of the tokens (arXiv 2409.02889, section 3.1).
@@ -151,6 +162,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         return BaseModelOutputWithPooling(**joined)
 
     def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        check_finite(pixel_values)
         tower = self.vision_tower
         # A tower that is kept elsewhere has hooks that take its inputs to where it runs.
         pixel_values = pixel_values.to(device=execution_device(tower), dtype=tower.dtype)

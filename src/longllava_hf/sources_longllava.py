@@ -192,15 +192,13 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
 
     Raises:
         OSError: if there is no such file, or the URL cannot be read.
-        ValueError: for a `file:` URL.
     """
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     text = os.fsdecode(source)
     if text.startswith(("http://", "https://")):
         return download(text)
-    if text.startswith("file:"):
-        raise ValueError(f"{describe_source(text)} is a URL of a local file; give its path instead.")
+    text = text.removeprefix("file://")
     is_data = text.startswith("data:")
     if not is_data and LIMITS.allow_local_files:
         if os.path.isfile(text):
@@ -233,6 +231,16 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
+def check_memory(needed: int, name: str) -> None:
+    """Raises `ValueError` if something takes more bytes to decode and to resize than there may be at a time."""
+    if needed > LIMITS.max_memory:
+        raise ValueError(
+            f"{name} is too large: decoding and resizing it takes {needed} bytes, and the limit,"
+            f" `longllava_hf.LIMITS.max_memory`, is {LIMITS.max_memory}."
+        )
+
+
 __all__ = [
-    "LIMITS", "InputLimits", "check_not_empty", "check_size", "describe_source", "download", "is_public", "read_source",
+    "LIMITS", "InputLimits", "check_memory", "check_not_empty", "check_size", "describe_source", "download", "is_public",
+    "read_source",
 ]  # fmt: skip
