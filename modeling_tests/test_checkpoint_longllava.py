@@ -140,6 +140,29 @@ def test_overrides_of_the_configuration(published_copy):
         load(folder, dtype="auto")
 
 
+def test_a_tower_brings_no_code(published_copy, monkeypatch):
+    """A folder that asks to run a file of its own is read as what it says it is, and nobody is asked."""
+    folder = published_copy()
+    tower = folder.parent / "clip-tiny-336"
+    config = json.loads((tower / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}
+    (tower / "config.json").write_text(json.dumps(config))
+    (tower / "evil.py").write_text("raise SystemExit('the code of a tower was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+    assert same_weights(load(folder), load(published("moe")))
+
+
+def test_another_folder_of_the_towers_name_changes_nothing(published_copy, tmp_path, monkeypatch):
+    folder = published_copy()
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+    decoy = tmp_path / "work" / "clip-tiny-336"
+    shutil.copytree(folder.parent / "clip-tiny-336", decoy)
+    edit(decoy, lambda tensors: [tensor.add_(1) for tensor in tensors.values() if tensor.is_floating_point()])
+    monkeypatch.chdir(decoy.parent)
+    assert same_weights(load(folder), load(published("moe")))
+
+
 def test_a_tower_of_another_shape_is_an_error(published_copy):
     folder = published_copy()
     edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])

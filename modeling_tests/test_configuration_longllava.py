@@ -99,6 +99,17 @@ def test_where_a_tower_is_looked_for(tmp_path):
     assert locate_vision_tower(None, folder) == DEFAULT_VISION_TOWER
 
 
+def test_a_tower_is_never_taken_from_the_working_directory(tmp_path, monkeypatch):
+    for place in ("work/tower", "home/checkpoint/tower", "work/other"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    folder = tmp_path / "home" / "checkpoint"
+    assert locate_vision_tower("tower", folder) == locate_vision_tower("./tower", folder) == str(folder / "tower")
+    assert locate_vision_tower("./other", folder) == DEFAULT_VISION_TOWER
+    assert locate_vision_tower("other", folder) == "other"  # on the Hub
+    assert locate_vision_tower("./tower", None) == DEFAULT_VISION_TOWER
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

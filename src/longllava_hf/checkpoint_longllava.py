@@ -279,7 +279,8 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
     source = locate_vision_tower(config.vision_tower, folder)
     logger.warning(f"The checkpoint `{folder}` has no vision tower of its own; taking it from `{source}`.")
     with _damage_named(source, source):
-        tower, info = AutoModel.from_pretrained(source, config=config.vision_config, output_loading_info=True)
+        options = {"output_loading_info": True, "trust_remote_code": False}
+        tower, info = AutoModel.from_pretrained(source, config=config.vision_config, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"The vision tower `{source}` lacks {len(missing)} weights: {', '.join(missing)}")

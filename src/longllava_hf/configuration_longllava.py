@@ -355,15 +355,16 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def locate_vision_tower(name: str | None, folder: str | os.PathLike | None) -> str:
     """
-    Where the tower that a checkpoint calls `name` is to be found: an existing folder (as given, or relative to the
-    checkpoint or to its parent), or a Hub id.
+    Where the tower that a checkpoint calls `name` is to be found: an existing folder (with an absolute path, or relative
+    to the checkpoint, or else to its parent; never to the working directory), or a Hub id.
 
     A path that does not exist, such as one of the authors' machine, falls back to [`DEFAULT_VISION_TOWER`] with a
     warning that names both.
     """
     if name is None:
         return DEFAULT_VISION_TOWER
-    roots = [""] if folder is None else ["", str(folder), os.path.dirname(os.path.abspath(str(folder)))]
+    roots = [] if folder is None else [str(folder), os.path.dirname(os.path.abspath(str(folder)))]
+    roots = [""] if os.path.isabs(name) else roots
     for root in roots:
         candidate = os.path.normpath(os.path.join(root, name))
         if os.path.isdir(candidate):
@@ -398,7 +399,7 @@ def published_to_native(config_dict: dict[str, Any], folder: str | os.PathLike |
     tower = locate_vision_tower(flat.get("mm_vision_tower"), folder)
     vision_config = dict(_DEFAULT_VISION_CONFIG)
     if tower != DEFAULT_VISION_TOWER:
-        stored = AutoConfig.from_pretrained(tower)
+        stored = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         vision_config = getattr(stored, "vision_config", stored).to_dict()
     # A folder is remembered as the checkpoint calls it; once the weights are in one place it is not looked up again.
     remembered = flat["mm_vision_tower"] if os.path.isdir(tower) else tower

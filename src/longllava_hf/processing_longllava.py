@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ logger = logging.get_logger(__name__)
 ROLES = ("system", "user", "assistant")
 
 DEFAULT_NUM_FRAMES = 128
+
+# What is put around pictures and turns. In the published tokenizer these are ordinary pieces, which cannot be told from
+# the same typed by a user.
+_MARKERS = ("<img>", "</img>", "<vid>", "</vid>", "<t>", "<|User|>", "<|Assistant|>")
 
 # What `from_pretrained` takes for the processor itself.
 _OWN_KWARGS = ("image_processor", "tokenizer", "chat_template", "num_frames", "return_unused_kwargs")
@@ -132,7 +137,7 @@ class LongLLaVAProcessor(ProcessorMixin):
                 settings, _ = LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)
         if "image_seq_length" in settings:
             return settings
-        config = AutoConfig.from_pretrained(folder, **hub_kwargs)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub_kwargs)
         side = config.vision_config.image_size
         return {
             "size": {"shortest_edge": side},
@@ -317,9 +322,13 @@ class LongLLaVAProcessor(ProcessorMixin):
         have the role `system` and only text: the text and a blank line come before the content of the user's message
         that follows it.
 
+        A text is text: what would be read as a control token in it is refused, as the published tokenizer knows no other
+        way to write some of them. A prompt that is given to the processor itself is a template, and means what it says.
+
         Raises:
-            ValueError: for an empty conversation, an unknown role or block, a `system` message elsewhere, and for
-                `<image>` or `<video>` written in a text, which would be taken for a picture.
+            ValueError: for an empty conversation, an unknown role or block, a `system` message elsewhere, a `file:` URL,
+                and for a text with `<image>` or `<video>`, a special token of the tokenizer, or a marker of pictures,
+                videos or turns.
         """
         return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
 
@@ -348,6 +357,9 @@ class LongLLaVAProcessor(ProcessorMixin):
             elif isinstance(content, (list, tuple)):
                 blocks = enumerate(map(_as_dict, content))
                 content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in blocks]
+                for is_text, run in groupby(content, lambda block: block["type"] == "text"):
+                    if is_text:  # which the template joins
+                        self._check_text("".join(block["text"] for block in run), name)
             else:
                 raise ValueError(f"{name} must have a string or a list of blocks as content, but it is {content!r}.")
             messages.append({**message, "content": content})
@@ -365,6 +377,10 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")
         elif role != "user":
             raise ValueError(f"{name} has type `{kind}`, but only the user can show something.")
+        places = [block.get(key) for key in ("url", "image_url", "video_url", kind)]
+        for place in (place.get("url") if isinstance(place, dict) else place for place in places):
+            if kind != "text" and isinstance(place, str) and place.startswith("file:"):
+                raise ValueError(f"{name} has the URL of a local file, {place!r}; give a file by its `path`.")
         if kind == "video":
             # A list in one block is one video, its frames given as pictures of any kind.
             keys = [key for key in ("video", "url", "path") if isinstance(block.get(key), (list, tuple))]
@@ -378,6 +394,14 @@ class LongLLaVAProcessor(ProcessorMixin):
                     f"{name} has `{token}` in its text, which stands for a picture or video. Give those as blocks of"
                     f" their own, {{'type': '{token[1:-1]}', ...}}, or write the word in another way."
                 )
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {*_MARKERS, *self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        if found := sorted(token for token in control if token and token in text):
+            raise ValueError(
+                f"{name} has {', '.join(f'`{token}`' for token in found)} in its text, which the model would not read as"
+                " text: control tokens are for the chat template. Write them in another way, or give the whole prompt to"
+                " the processor yourself."
+            )
 
 
 def _as_dict(item: Any) -> Any:
