@@ -373,8 +373,7 @@ def test_what_is_no_context(small_model, tmp_path):
 def test_a_context_file_is_plain_safetensors(small_model, tmp_path):
     small_model.prefill(**prompt()).save(tmp_path / "x.ctx", small_model)
     with safe_open(tmp_path / "x.ctx", framework="pt") as file:
-        metadata = file.metadata()
-        assert metadata["format"] == "longllava_context" and metadata["tokens"] == "48"
+        assert list(file.metadata()) == ["longllava_context"]
         assert "layers.4.keys" in file.keys() and "layers.0.recurrent_states.0" in file.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["x.ctx"]
 
@@ -469,14 +468,15 @@ def test_files_of_older_releases_are_refused_with_the_reason(small_model, tmp_pa
     small_model.prefill(**prompt()).save(file, small_model)
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        metadata = stored.metadata()
-    for changes, reason in (
+        facts = json.loads(stored.metadata()["longllava_context"])
+    for metadata, reason in (
         ({"format": "longllava_cache", "version": "1"}, "version 1 of the format `longllava_cache`"),
-        ({"version": "3"}, "version 3 of the format `longllava_context`"),
+        ({"format": "longllava_context", "version": "2"}, "version 2 of the format `longllava_context`"),
+        ({"longllava_context": json.dumps({**facts, "version": "4"})}, "version 4 of the format `longllava_context`"),
     ):
-        save_file(tensors, file, metadata={**metadata, **changes})
+        save_file(tensors, file, metadata=metadata)
         with pytest.raises(
-            ValueError, match=rf"{reason}, and version 2 of `longllava_context` is known.*read them again"
+            ValueError, match=rf"{reason}, and version 3 of `longllava_context` is known. Read the pictures again"
         ):
             LongLLaVAContext.load(file, small_model)
 

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, StaticCache
 
 from longllava_hf import LongLLaVAForCausalLM
 from longllava_hf.compat_longllava import get_cache
-from longllava_hf.context_longllava import hash_image
+from longllava_hf.identity_longllava import hash_image
 
 from .conftest import small_config
 from .test_context_properties import build

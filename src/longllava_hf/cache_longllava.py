@@ -10,7 +10,6 @@ no position, however much it has read.
 import copy
 import functools
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -233,16 +232,30 @@ def _snapshot(layer: Any) -> Any:
     return copy.deepcopy(layer)
 
 
-@contextmanager
-def restored_on_error(cache: Cache | None):
-    """Whatever goes wrong or is interrupted inside leaves the cache as it was."""
-    layers = [] if cache is None else [_snapshot(layer) for layer in cache.layers]
-    try:
-        yield
-    except BaseException:
-        if cache is not None:
-            cache.layers[:] = layers
-        raise
+class restored_on_error:  # noqa: N801
+    """
+    Whatever goes wrong or is interrupted inside leaves the cache as it was. No generator: one that is given up undoes what
+    went well.
+
+    Args:
+        cache ([`Cache`], *optional*): which.
+        undo (`Callable`, *optional*): what else to do then.
+    """
+
+    def __init__(self, cache: Cache | None, undo: Callable[[], None] | None = None):
+        self.cache, self.undo = cache, undo
+        self.layers = [] if cache is None else [_snapshot(layer) for layer in cache.layers]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            return
+        if self.cache is not None:
+            self.cache.layers[:] = self.layers
+        if self.undo is not None:
+            self.undo()
 
 
 __all__ = ["LongLLaVACache", "PreallocatedLayer", "RecurrentLayer"]

@@ -7,6 +7,7 @@ once and asked about many times.
 import copy
 import hashlib
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass, field
@@ -16,24 +17,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors
+from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors, restored_on_error
 from .checkpoint_longllava import atomic_write
 from .compat_longllava import execution_device
+from .configuration_longllava import LongLLaVATextConfig
+from .identity_longllava import hash_tensor, model_fingerprint, processor_fingerprint
 
 
-# What a file of a context calls itself, and what releases before contexts were values of their own called it.
-_FORMAT, _VERSION = "longllava_context", "2"
-_OLD_FORMAT = "longllava_cache"
-
-# Settings that change how a model computes, but not what.
-_RUNTIME_SETTINGS = {
-    "scan_implementation", "vision_batch_size", "vision_tower", "use_cache", "output_router_logits",
-    "router_aux_loss_coef", "attention_dropout", "initializer_range", "patch_strategy", "image_grid_pinpoints",
-    "text_config", "vision_config",
-}  # fmt: skip
+# What a file of a context calls itself. All that it says of itself stands under one name, as safetensors writes several in
+# any order; up to version 2 each had a name of its own, and before contexts were values of their own another format.
+_FORMAT, _VERSION = "longllava_context", "3"
+_OLD_FORMATS = ("longllava_cache", "longllava_context")
+_MAX_HEADER_BYTES = 1 << 26
+_TEXTS = ("version", "model", "processor", "inputs", "checksum")
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class LongLLaVAContext:
 
     Change the context, not its cache: `crop`, `reorder_cache`, `batch_repeat_interleave`, `batch_select_indices` and `reset`
     are the cache's own, and keep the tokens in step. A context whose cache was changed by anything else is refused.
+    Whatever fails or is interrupted leaves the whole context as it was.
     """
 
     def __init__(self, cache: Cache, image_token_id: int | None = None, metadata: dict[str, Any] | None = None):
@@ -103,6 +102,15 @@ class LongLLaVAContext:
                 f"The cache of this context was changed by something else after the context had read {self.num_tokens}"
                 " tokens. Use `model.prefill` or `model.generate` with the context, and the context's own methods."
             )
+
+    def restored_on_error(self) -> restored_on_error:
+        """Whatever goes wrong or is interrupted inside leaves the context as it was, cache and books."""
+        before, metadata = self._inputs, self.metadata
+
+        def undo() -> None:
+            self._inputs, self.metadata = before, metadata
+
+        return restored_on_error(self.cache, undo)
 
     # Inputs
 
@@ -183,9 +191,9 @@ class LongLLaVAContext:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._inputs = ContextInputs()
-        self.cache.reset()
-        self.metadata = {}
+        with self.restored_on_error():
+            self.cache.reset()
+            self._inputs, self.metadata = ContextInputs(), {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -211,8 +219,9 @@ class LongLLaVAContext:
                 raise ValueError(f"Removing {-tokens_to_remove} tokens would leave part of a picture.")
             hashes.append(row[: left * len(row) // max(tokens, 1)])
         mask = None if mask is None else mask[:, :tokens_to_remove]
-        self.cache.crop(tokens_to_remove)
-        self._inputs = ContextInputs(ids, mask, hashes, _changes(self.cache))
+        with self.restored_on_error():
+            self.cache.crop(tokens_to_remove)
+            self._inputs = ContextInputs(ids, mask, hashes, _changes(self.cache))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take these rows, in this order, as [`Cache.reorder_cache`]; a row may be taken several times or not at all."""
@@ -220,10 +229,11 @@ class LongLLaVAContext:
         if self.input_ids is None:
             return
         index, mask = beam_idx.to(self.input_ids.device), self.attention_mask
-        self.cache.reorder_cache(beam_idx)
         hashes = [self.image_hashes[i] for i in index.tolist()]
         mask = None if mask is None else mask[index]
-        self._inputs = ContextInputs(self.input_ids[index], mask, hashes, _changes(self.cache))
+        with self.restored_on_error():
+            self.cache.reorder_cache(beam_idx)
+            self._inputs = ContextInputs(self.input_ids[index], mask, hashes, _changes(self.cache))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, as [`Cache.batch_repeat_interleave`]."""
@@ -268,18 +278,20 @@ class LongLLaVAContext:
         tensors["input_ids"] = self.input_ids
         if self.attention_mask is not None:
             tensors["attention_mask"] = self.attention_mask
-        metadata = {
-            "format": _FORMAT,
+        tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+        facts: dict[str, Any] = {
             "version": _VERSION,
             "model": model_fingerprint(model),
             "processor": "" if processor is None else processor_fingerprint(processor),
             "inputs": self.inputs_digest,
-            "tokens": str(self.num_tokens),
-            "image_hashes": json.dumps(self.image_hashes),
-            "metadata": json.dumps(self.metadata),
+            "image_hashes": self.image_hashes,
+            "metadata": self.metadata,
         }
+        facts["checksum"] = _checksum(facts, tensors)
+        # The same context makes the same bytes.
+        written = json.dumps(facts, sort_keys=True)
         with atomic_write(file) as temporary:
-            save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=metadata)
+            save_file(dict(sorted(tensors.items())), temporary, metadata={_FORMAT: written})
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: Any, processor: Any = None) -> "LongLLaVAContext":
@@ -295,38 +307,131 @@ class LongLLaVAContext:
             ValueError: if it is of another model or processor, of another version, or no context at all.
             OSError: if it does not exist, or is damaged.
         """
-        metadata = context_metadata(file)
-        if metadata is None:
-            raise ValueError(f"`{file}` is not a context that was kept.")
-        if (metadata["format"], metadata.get("version")) != (_FORMAT, _VERSION):
-            raise ValueError(
-                f"The context `{file}` has version {metadata.get('version')} of the format `{metadata['format']}`, and"
-                f" version {_VERSION} of `{_FORMAT}` is known. It does not say which pictures are in it; read them again."
-            )
+        facts, tensors = read_context(file)
         pairs = [("model", model_fingerprint(model))]
-        if processor is not None and metadata["processor"]:
+        if processor is not None and facts["processor"]:
             pairs.append(("processor", processor_fingerprint(processor)))
         for what, expected in pairs:
-            if metadata[what] != expected:
+            if facts[what] != expected:
                 raise ValueError(
-                    f"The context `{file}` is of another {what}: its fingerprint is {metadata[what][:12]}, and that of"
+                    f"The context `{file}` is of another {what}: its fingerprint is {facts[what][:12]}, and that of"
                     f" the {what} here {expected[:12]}. Read the pictures again."
                 )
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        except SafetensorError as error:
-            raise OSError(f"The context `{file}` is damaged or truncated: {error}") from error
         context = model.new_context()
-        context.metadata = json.loads(metadata["metadata"])
+        context.metadata = facts["metadata"]
         for i, (layer, module) in enumerate(zip(context.cache.layers, model.get_decoder().layers)):
             prefix, device = f"layers.{i}.", execution_device(module)
-            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-            _fill_layer(layer, {name: x.to(device) for name, x in own.items()})
-        device, mask = execution_device(model.get_input_embeddings()), tensors.get("attention_mask")
-        mask = None if mask is None else mask.to(device)
-        context.record(tensors["input_ids"].to(device), mask, json.loads(metadata["image_hashes"]))
+            names = [name for name in tensors if name.startswith(prefix)]
+            own = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
+            if problem := _problem_of_layer(layer, own, tensors["input_ids"], model.config.get_text_config()):
+                raise OSError(f"The context `{file}` is damaged: layer {i} {problem}.")
+            _fill_layer(layer, own)
+        ids, mask = tensors.pop("input_ids"), tensors.pop("attention_mask", None)
+        if tensors:
+            raise OSError(f"The context `{file}` is damaged: nothing is known of {sorted(tensors)}.")
+        if problem := _problem_of_ids(ids, facts["image_hashes"], context.image_token_id, model.config):
+            raise OSError(f"The context `{file}` is damaged: {problem}.")
+        device = execution_device(model.get_input_embeddings())
+        context.record(ids.to(device), None if mask is None else mask.to(device), facts["image_hashes"])
         return context
+
+
+def _checksum(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything in a file but itself."""
+    others = {name: value for name, value in facts.items() if name not in ("checksum", "format")}
+    content = [others, [(name, hash_tensor(tensors[name])) for name in sorted(tensors)]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_context(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """
+    What a kept context says of itself, and its tensors, whole: of the right kinds and shapes among each other, finite, and
+    with the right checksum. Whose they are is not looked at.
+
+    Raises:
+        ValueError: if it is no context, or one of another version.
+        OSError: if it does not exist, or is damaged.
+    """
+    facts = context_metadata(file)
+    if facts is None:
+        raise ValueError(f"`{file}` is not a context that was kept.")
+    if facts["version"] != _VERSION:
+        raise ValueError(
+            f"The context `{file}` has version {facts['version']} of the format `{facts['format']}`, and version"
+            f" {_VERSION} of `{_FORMAT}` is known. Read the pictures again."
+        )
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise OSError(f"The context `{file}` is damaged or truncated: {error}") from error
+    if problem := _problem(facts, tensors):
+        raise OSError(f"The context `{file}` is damaged or truncated: {problem}.")
+    return facts, tensors
+
+
+def _problem(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with the content of a file, whatever model it is of."""
+    ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+    if not all(isinstance(facts.get(name), str) for name in _TEXTS) or not isinstance(facts.get("metadata"), dict):
+        return f"it does not say all of {[*_TEXTS, 'metadata']}"
+    if ids is None or ids.dtype != torch.int64 or ids.ndim != 2 or not ids.numel():
+        return "it has no `input_ids` of shape (rows, tokens) in int64"
+    if mask is not None and (
+        mask.shape != ids.shape or mask.is_floating_point() or not ((mask == 0) | (mask == 1)).all()
+    ):
+        return f"its `attention_mask` is not of the shape {tuple(ids.shape)}, with 0 and 1"
+    hashes = facts.get("image_hashes")
+    if not isinstance(hashes, list) or [type(row) for row in hashes] != [list] * len(ids):
+        return f"its `image_hashes` are not {len(ids)} lists"
+    for name, tensor in tensors.items():
+        if tensor is ids or tensor is mask:
+            continue
+        if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != len(ids):
+            return f"`{name}` is {tensor.dtype} of shape {tuple(tensor.shape)}, where {len(ids)} rows of floats belong"
+        # A sum needs no memory of its own, and is finite if all is.
+        if not math.isfinite(tensor.sum(dtype=torch.float32)):
+            return f"`{name}` is not finite"
+    if _checksum(facts, tensors) != facts["checksum"]:
+        return "its checksum is another"
+    return None
+
+
+def _problem_of_layer(layer: Any, tensors: dict[str, torch.Tensor], ids: torch.Tensor, config: Any) -> str | None:
+    """What is wrong with the content of one layer of a model's cache."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    rows, length = ids.shape
+    expected: dict[str, tuple] = {}
+    if isinstance(layer, DynamicLayer):
+        keys = shapes.get("keys", (0, 0, 0, 0))
+        positions = keys[2] if isinstance(layer, DynamicSlidingWindowLayer) and len(keys) == 4 else length
+        expected |= {name: (rows, *keys[1:2], positions, *shapes.get(name, keys)[3:]) for name in ("keys", "values")}
+    is_own = isinstance(config, LongLLaVATextConfig)
+    if is_own and expected:
+        head_dim = config.hidden_size // config.num_attention_heads
+        expected = dict.fromkeys(expected, (rows, config.num_key_value_heads, length, head_dim))
+    elif is_own:
+        channels = config.mamba_expand * config.hidden_size
+        expected = {
+            "conv_states.0": (rows, channels, config.mamba_d_conv),
+            "recurrent_states.0": (rows, channels, config.mamba_d_state),
+        }
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        kinds = {f"{kind}.{i}" for kind in ("conv_states", "recurrent_states") for i in getattr(layer, kind)}
+        expected |= {name: shape for name, shape in shapes.items() if name in kinds}
+    return None if shapes == expected else f"should hold {expected}, but holds {shapes}"
+
+
+def _problem_of_ids(ids: torch.Tensor, hashes: list[list[str]], image_token_id: int | None, config: Any) -> str | None:
+    """What is wrong with the tokens and pictures that a file says it is of."""
+    if ids.min() < 0 or ids.max() >= config.get_text_config().vocab_size:
+        return f"its tokens, {int(ids.min())} to {int(ids.max())}, are not all in the vocabulary"
+    if image_token_id is None:
+        return None
+    tokens = (ids == image_token_id).sum(-1).tolist()
+    if tokens != [config.image_seq_length * len(row) for row in hashes]:
+        return f"its rows have {tokens} image tokens, and hashes of {[len(row) for row in hashes]} pictures"
+    return None
 
 
 def _fill_layer(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -338,9 +443,9 @@ def _fill_layer(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
                 getattr(layer, update)(x, state_idx=int(key.rsplit(".", 1)[1]))
 
 
-def context_metadata(file: str | os.PathLike) -> dict[str, str] | None:
+def context_metadata(file: str | os.PathLike) -> dict[str, Any] | None:
     """
-    What a kept context says of itself; `None` for any other file.
+    What a kept context says of itself, unchecked but for its version; `None` for any other file.
 
     Raises:
         OSError: if it does not exist, or is a safetensors file that is damaged within its header.
@@ -348,64 +453,21 @@ def context_metadata(file: str | os.PathLike) -> dict[str, str] | None:
     with open(file, "rb") as stream:
         start = stream.read(9)
         # A length, then JSON: nothing that is a picture or a film begins so.
-        if len(start) < 9 or start[8:] != b"{" or not 2 <= (size := struct.unpack("<Q", start[:8])[0]) < 1 << 27:
+        if len(start) < 9 or start[8:] != b"{":
+            return None
+        if not 2 <= (size := struct.unpack("<Q", start[:8])[0]) < _MAX_HEADER_BYTES:
             return None
         header = start[8:] + stream.read(size - 1)
     try:
-        metadata = json.loads(header).get("__metadata__", {})
-    except ValueError as error:
+        metadata = json.loads(header).get("__metadata__") or {}
+        if metadata.get("format") in _OLD_FORMATS:
+            return {"format": metadata["format"], "version": str(metadata.get("version"))}
+        if _FORMAT not in metadata:
+            return None
+        facts = {**json.loads(metadata[_FORMAT]), "format": _FORMAT}
+        return {**facts, "version": str(facts["version"])}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"`{file}` is damaged or truncated: its header cannot be read ({error}).") from error
-    return metadata if metadata.get("format") in (_FORMAT, _OLD_FORMAT) else None
 
 
-def hash_image(pixel_values: torch.Tensor) -> str:
-    """A hash of one picture's pixels, as the tower sees them."""
-    data = pixel_values.detach().contiguous().cpu().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """What a configuration's own class adds to those of all models, without what does not change results."""
-    classes = [c for c in type(config).__mro__ if issubclass(c, PreTrainedConfig) and c is not PreTrainedConfig]
-    names = sorted({name for c in classes for name in vars(c).get("__annotations__", {})} - _RUNTIME_SETTINGS)
-    return {name: repr(getattr(config, name, None)) for name in names}
-
-
-@torch.no_grad()
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of a model's settings, and of every weight's name, shape, dtype and some of its values."""
-    config: Any = model.config
-    parts = [config, config.get_text_config(), getattr(config, "vision_config", None)]
-    digest = hashlib.sha256(json.dumps([_settings(part) for part in parts if part is not None]).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.numel() and not tensor.is_meta:
-            # Spread over rows and columns alike, whatever their number.
-            positions = torch.arange(256, device=tensor.device) * 2_654_435_761 % tensor.numel()
-            values = tensor.detach().flatten()[positions]
-            digest.update(values.cpu().double().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def processor_fingerprint(processor: Any) -> str:
-    """A hash of what a processor makes of pictures and text."""
-    image_processor = processor.image_processor
-    names = [
-        "size",
-        "crop_size",
-        "resample",
-        "do_pad",
-        "image_mean",
-        "image_std",
-        "rescale_factor",
-        "image_seq_length",
-    ]
-    parts = [
-        {name: repr(getattr(image_processor, name, None)) for name in names},
-        processor.chat_template,
-        sorted(processor.tokenizer.get_vocab().items()),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-__all__ = ["LongLLaVAContext", "context_metadata"]
+__all__ = ["LongLLaVAContext", "context_metadata", "read_context"]

@@ -22,7 +22,8 @@ from transformers.utils import logging
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
 from .compat_longllava import CACHE, EXPANDS_ENCODER_OUTPUTS, accepts_cache, as_cache, execution_device, take_cache
 from .configuration_longllava import LongLLaVATextConfig
-from .context_longllava import LongLLaVAContext, hash_image
+from .context_longllava import LongLLaVAContext
+from .identity_longllava import hash_image
 from .image_processing_longllava import LazyPixelValues
 
 
@@ -248,7 +249,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         """
         context: LongLLaVAContext = cache if isinstance(cache, LongLLaVAContext) else self.new_context(cache)
         start, mask = context.align(input_ids, attention_mask)
-        with restored_on_error(context.cache):
+        with context.restored_on_error():
             prompt = _Prompt(input_ids, attention_mask=mask)
             new = self._embed(prompt, start, pixel_values, mm_encoder_outputs, context)
             self._read(new, context.cache, prefill_chunk_size, _ANSWER_CAPACITY)
@@ -386,9 +387,10 @@ class LongLLaVAGenerationMixin(GenerationMixin):
                 " with `use_cache=False`."
             )
         images = kwargs.pop("pixel_values", None), kwargs.pop("mm_encoder_outputs", None)
-        with restored_on_error(cache):
-            if context is None:
+        if context is None:
+            with restored_on_error(cache):
                 return self._generate(config, prompt, cache, images, kwargs)
+        with context.restored_on_error():
             return self._generate_with_context(config, prompt, context, images, kwargs)
 
     def _resolve_config(self, kwargs: dict[str, Any]) -> GenerationConfig:
