@@ -541,3 +541,37 @@ def test_import_needs_neither_bitsandbytes_nor_triton():
 
 def test_public_names():
     assert "LongLLaVAInt8Config" in longllava_hf.__all__
+
+
+@pytest.mark.parametrize("method", ["int8", "bnb-int8"])
+@torch.no_grad()
+def test_float16_does_not_overflow(method):
+    """Sums of int8 values are up to 127 times those of the weights' share of their largest."""
+    weight, x = torch.full((32, 4096), 0.01), torch.full((3, 4096), 2.0, dtype=torch.float16)
+    values, scale = quantize_rows(weight)
+    if method == "int8":
+        layer = LongLLaVAInt8Linear(4096, 32)
+        layer.weight.data, layer.weight_scale.data = values, scale
+    else:
+        bnb_layer = bitsandbytes.nn.Linear8bitLt(4096, 32, bias=False, has_fp16_weights=False)
+        model = torch.nn.Sequential(bnb_layer)
+        bnb_layer.weight = bitsandbytes.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scale * 127)
+        use_own_products(model)
+        layer = model[0]
+    torch.testing.assert_close(layer(x), torch.full((3, 32), 81.92, dtype=torch.float16), rtol=2e-3, atol=0)
+
+
+def test_float16_gradients_of_small_scales():
+    """A scale of float16 would be 0, or infinite with the sum of 4096 of them."""
+    torch.manual_seed(0)
+    for size in (1e-6, 1.0, 100.0):
+        weight = torch.randn(64, 128) * size
+        values, scale = quantize_rows(weight)
+        x = (torch.randn(5, 128) / size**0.5).half().requires_grad_()
+        output = scaled_linear(x, values, scale)
+        output.backward(torch.ones_like(output))
+        exact = (values.double() * scale.double()[:, None]).sum(0).expand(5, -1)
+        assert (
+            output.double() - x.double() @ (values.double() * scale.double()[:, None]).T
+        ).abs().max() < 2e-3 * output.abs().max() + 1e-7
+        assert (x.grad.double() - exact).abs().max() <= 1e-3 * exact.abs().max() + 6e-8

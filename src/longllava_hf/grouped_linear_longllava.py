@@ -63,6 +63,11 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / scale.unsqueeze(-1)).round_().to(torch.int8), scale
 
 
+def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Sums of int8 values, before they are scaled, and scales themselves are out of float16's range."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 class _ScaledLinear(torch.autograd.Function):
     """A frozen int8 matrix: only its int8 values are kept for the backward pass."""
 
@@ -73,15 +78,18 @@ class _ScaledLinear(torch.autograd.Function):
         if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and 0 < len(rows) <= _FEW_ROWS:
             output = int8_matmul_cpu(rows, weight)
         if output is None:
-            output = F.linear(rows, weight.to(rows.dtype))
+            dtype = _product_dtype(rows)
+            output = F.linear(rows.to(dtype), weight.to(dtype))
         output = output.view(*hidden_states.shape[:-1], len(weight))
-        return output * scale.to(output.dtype) if output.dtype == torch.float64 else output.mul_(scale)
+        output = output * scale.to(output.dtype) if output.dtype == torch.float64 else output.mul_(scale)
+        return output.to(hidden_states.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         weight, scale = ctx.saved_tensors
-        return (grad_output * scale.to(grad_output.dtype)) @ weight.to(grad_output.dtype), None, None
+        dtype = _product_dtype(grad_output)
+        return ((grad_output.to(dtype) * scale.to(dtype)) @ weight.to(dtype)).to(grad_output.dtype), None, None
 
 
 def scaled_linear(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
