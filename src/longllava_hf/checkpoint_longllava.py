@@ -37,7 +37,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
 from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
-from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower
+from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower, named_errors
 from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
 
@@ -437,7 +437,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
         dtype = dtype.get("", torch.float32) if isinstance(dtype, dict) else dtype
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-        with torch.device("meta"):
+        with torch.device("meta"), named_errors("The configuration", name):
             model: Any = cls(copy.deepcopy(config), *model_args)
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         check_device_memory(model, bits_of(quantization), kwargs.get("device_map"), name)

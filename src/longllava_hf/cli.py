@@ -1,18 +1,23 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `convert`, `plan` and `info`."""
+"""The command line: `longllava ask`, `chat`, `convert`, `verify`, `plan` and `info`."""
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageSequence
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
 
@@ -21,15 +26,22 @@ from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint
-from .image_processing_longllava import load_picture
+from .image_processing_longllava import open_picture
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import DEFAULT_NUM_FRAMES
 from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
-from .sources_longllava import read_source
-from .video_longllava import Frames, VideoFile
+from .sources_longllava import LIMITS, read_source
+from .verify import verify as verify_path
+from .video_longllava import AnimationFile, VideoFile
+
+
+# Pictures that move; the pages of others are pictures of their own.
+_ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")
+# To ask the Hub whether it has a model.
+_HUB_SECONDS = 10
 
 
 @dataclass
@@ -57,30 +69,82 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
         ValueError: if it is neither, empty or damaged.
         OSError: if it does not exist.
     """
+    name, num_frames = f"`{path}`", DEFAULT_NUM_FRAMES if num_frames is None and fps is None else num_frames
+    file = read_source(path)
+    content = file.getvalue() if isinstance(file, io.BytesIO) else path  # what was fetched is fetched once
     try:
-        with Image.open(read_source(path)) as image:
-            if getattr(image, "is_animated", False):
-                frames = Frames(frame.convert("RGB") for frame in ImageSequence.Iterator(image))
-                return Visual(path, "video", frames)
-        return Visual(path, "image", path)
-    except Image.DecompressionBombError:
-        return Visual(path, "image", load_picture(path))  # says what is wrong with it
-    except FileNotFoundError:
-        raise
-    except Exception as not_a_picture:
-        num_frames = DEFAULT_NUM_FRAMES if num_frames is None and fps is None else num_frames
+        with open_picture(content, name) as image:
+            kind, pages = image.format, getattr(image, "n_frames", 1)
+    except ValueError as not_a_picture:
+        if "is not a picture" not in str(not_a_picture):
+            raise
         try:
-            return Visual(path, "video", VideoFile(path, num_frames=num_frames, fps=fps, name=f"`{path}`"))
+            return Visual(path, "video", VideoFile(content, num_frames=num_frames, fps=fps, name=name))
         except ValueError as not_a_video:
             if "not a video" not in str(not_a_video):
                 raise
             raise ValueError(
-                f"`{path}` is neither a picture nor a video. As a picture: {not_a_picture}. As a video: {not_a_video}"
+                f"{name} is neither a picture nor a video. As a picture: {not_a_picture} As a video: {not_a_video}"
+            ) from None
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+    if pages > 1 and kind in _ANIMATIONS:
+        return Visual(path, "video", AnimationFile(content, num_frames=num_frames, fps=fps, name=name))
+    if pages > 1 and kind == "TIFF":
+        print(f"{name} has {pages} pages, of which the first is read.", file=sys.stderr)
+    return Visual(path, "image", content)
+
+
+def local_model(name: str) -> str:
+    """
+    The folder of a model, or its Hub id if the Hub can be asked; where it cannot, what was fetched before.
+
+    Raises:
+        OSError: if it is in neither place, within seconds and with the reason.
+        ValueError: if `name` can be no Hub id either.
+    """
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise OSError(f"`{name}` is a file, but a model is a folder or a Hub id.")
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is neither a folder nor a Hub id: {error}") from None
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+        return name
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise OSError(f"`{name}` is not a folder, and the Hub has no such model for you: {error}") from None
+    except Exception as error:
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except Exception:
+            raise OSError(
+                f"`{name}` is not a folder, nor in the Hub's cache, and the Hub cannot be asked: {error}"
             ) from None
 
 
+def check_device(name: str | None) -> str:
+    """
+    The device to run on, by default a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise ValueError(f"There is no device `{name}` here: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("On the device `meta` nothing is computed; choose `cpu`, `cuda`, `cuda:1` or the like.")
+    return name
+
+
 def load_model(arguments: argparse.Namespace) -> Any:
-    device_map = {"": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    device_map = {"": check_device(arguments.device)}
     quantization = named_quantization(arguments.quantization)
     return AutoModelForImageTextToText.from_pretrained(
         arguments.model, dtype="auto", device_map=device_map, quantization_config=quantization
@@ -97,6 +161,8 @@ class Session:
     """
 
     def __init__(self, arguments: argparse.Namespace, context: str | None = None):
+        check_device(arguments.device)
+        arguments.model = local_model(arguments.model)
         self.processor, self.model = AutoProcessor.from_pretrained(arguments.model), load_model(arguments)
         self.arguments = arguments
         self.settings = {"lazy": True, **({"patch_strategy": "best_fit"} if arguments.high_resolution else {})}
@@ -150,9 +216,10 @@ class Session:
         # Tokens after an image token do not depend on what is before it, so here is where to stop.
         end = int((ids[0] == self.processor.image_token_id).nonzero()[-1, 0]) + 1
         ids, chunk_size = ids[:, :end].to(self.model.device), self.arguments.prefill_chunk_size
-        self.model.prefill(ids, pixel_values, cache=self.context, prefill_chunk_size=chunk_size)
         shown = self.context.metadata.get("files", [])
-        self.context.metadata = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
+        with self.context.restored_on_error():
+            self.model.prefill(ids, pixel_values, cache=self.context, prefill_chunk_size=chunk_size)
+            self.context.metadata = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
 
     def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
         """Answer one turn; the conversation so far is kept."""
@@ -161,8 +228,9 @@ class Session:
         ids, pixel_values = self._new_inputs(content)
         known = self.context.num_tokens
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        files = [*self.context.metadata.get("files", []), *(visual.describe() for visual in visuals)]
         prepared = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.context.restored_on_error():
             output = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 pixel_values=pixel_values,
@@ -172,9 +240,8 @@ class Session:
                 streamer=streamer if stream else None,
                 do_sample=False,
             )
+            self.context.metadata = {}
         generated, answer_ids = time.perf_counter(), output[0, ids.shape[1] :]
-        files = [*self.context.metadata.get("files", []), *(visual.describe() for visual in visuals)]
-        self.context.metadata = {}
         return {
             "answer": self.processor.decode(answer_ids, skip_special_tokens=True).strip(),
             "model": self.arguments.model,
@@ -194,17 +261,27 @@ def open_inputs(paths: list[str], arguments: argparse.Namespace) -> tuple[str | 
     return context, [open_visual(path, arguments.num_frames, arguments.fps) for path in paths]
 
 
-def check_folder(file: str | None) -> None:
-    """Before any work is done, see that a file can be written where it is wanted."""
-    if file is not None and not os.path.isdir(os.path.dirname(os.path.abspath(file))):
-        raise OSError(f"The folder of `{file}` does not exist.")
+def check_writable(file: str | None) -> None:
+    """Before any work is done, see that a file can be written where it is wanted; raises `OSError` if not."""
+    if file is None:
+        return
+    folder = os.path.dirname(os.path.abspath(file))
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"`{file}` is a folder, but a file is to be written.")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(f"`{file}` cannot be written: {error.strerror}, in the folder `{folder}`.") from None
 
 
 def ask(arguments: argparse.Namespace) -> None:
     *paths, question = arguments.inputs
-    check_folder(arguments.keep)
-    if arguments.keep is not None and os.path.exists(arguments.keep) and context_metadata(arguments.keep) is None:
+    if not paths and os.path.exists(question):
+        raise ValueError(f"There is no question: `{question}`, the last of what was given, is a file.")
+    if arguments.keep is not None and os.path.isfile(arguments.keep) and context_metadata(arguments.keep) is None:
         raise ValueError(f"`{arguments.keep}` exists and is no kept context, so it is not written over.")
+    check_writable(arguments.keep)
     context, visuals = open_inputs(paths, arguments)
     session = Session(arguments, context)
     if arguments.keep is not None:
@@ -221,32 +298,62 @@ def chat(arguments: argparse.Namespace) -> None:
     context, waiting = open_inputs(arguments.inputs, arguments)
     session = Session(arguments, context)
     if sys.stdin.isatty():
-        print("Ask away. `/show FILE` adds a picture or a video to the next question; `/quit` or Ctrl-D ends.")
+        print(
+            "Ask away. `/show FILE` adds a picture or a video to the next question; Ctrl-C ends an answer; `/quit`, Ctrl-D"
+            " or a second Ctrl-C ends the conversation."
+        )
+    was_interrupted = False
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        try:
+            if line == "/quit":
+                return
+            was_interrupted = False
             if line.startswith("/show "):
                 waiting.append(open_visual(line.removeprefix("/show ").strip(), arguments.num_frames, arguments.fps))
             elif line:
+                check_text(line, "The question")
                 result = session.ask(waiting, line, stream=not arguments.json)
                 waiting = []
                 if arguments.json:
                     print(json.dumps(result), flush=True)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            # The conversation is as it was before the question.
+            if was_interrupted:
+                raise
+            was_interrupted = True
+            print("\n(Ctrl-C once more ends the conversation.)", file=sys.stderr)
         except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
             waiting = []
             print(f"error: {error} (Files that were waiting for the question are dropped.)", file=sys.stderr)
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    folder = convert_checkpoint(arguments.source, arguments.destination, to=arguments.to)
+    source = arguments.source if os.path.exists(arguments.source) else local_model(arguments.source)
+    folder = convert_checkpoint(source, arguments.destination, to=arguments.to)
     files = list(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{folder}: {arguments.to} layout, {len(files)} files of weights, {size / 1e6:.1f} MB")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    report = verify_path(arguments.path)
+    problems = report["problems"]
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        facts = ", ".join(f"{value:,} {name}" for name, value in report.items() if isinstance(value, int))
+        print(f"{arguments.path}: {report['kind']}{', ' + facts if facts else ''}")
+        if others := report.get("without a place"):
+            print(f"{len(others)} weights have no place in the model, such as {others[0]}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if not arguments.json:
+        print("whole")
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -287,6 +394,7 @@ def describe_scan(requested: str | None) -> str:
 
 
 def info(arguments: argparse.Namespace) -> None:
+    arguments.model = local_model(arguments.model)
     if arguments.profile:
         seconds = profile_decoding(load_model(arguments), arguments.context)
         facts: dict[str, Any] = {"context": arguments.context, "seconds": seconds}
@@ -308,13 +416,11 @@ def info(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.shape is None):
         raise ValueError("Say either a MODEL, a folder or Hub id, or a --shape.")
-    if not math.isfinite(arguments.memory):
-        raise ValueError(f"--memory must be a number of GB, but is {arguments.memory}.")
-    check_folder(arguments.plot)
+    check_writable(arguments.plot)
     if arguments.shape is not None:
         config, name = published_shape(arguments.shape), f"LongLLaVA, shape {arguments.shape}"
     else:
-        config, name = LongLLaVAConfig.from_pretrained(arguments.model), arguments.model
+        config, name = LongLLaVAConfig.from_pretrained(local_model(arguments.model)), arguments.model
     planner = MemoryPlanner(
         config,
         arguments.quantization,
@@ -347,8 +453,23 @@ def _option(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-_CHUNKS = _option("--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)")
-_MAX_NEW_TOKENS = _option("--max-new-tokens", type=int, default=256)
+def _positive(kind: type) -> Callable[[str], Any]:
+    """A number above 0, as a type of argparse's."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be above 0, but is {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+_CHUNKS = _option(
+    "--prefill-chunk-size", type=_positive(int), help="tokens to read at a time (default: 4096, on a CPU 512)"
+)
+_MAX_NEW_TOKENS = _option("--max-new-tokens", type=_positive(int), default=256)
 _JSON = _option("--json", action="store_true", help="print the result and its circumstances as JSON")
 _LOADING = [
     _option("--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"),
@@ -356,9 +477,10 @@ _LOADING = [
 ]
 _GENERATION = [
     _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
-    _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)"),
-    _option("--fps", type=float, help="frames a second of each video, instead"),
+    _option("--num-frames", type=_positive(int), help="frames of each video, uniformly (default: 128)"),
+    _option("--fps", type=_positive(float), help="frames a second of each video, instead"),
     _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images"),
+    _option("--allow-private-addresses", action="store_true", help="for URLs of this machine and its network"),
     *(_MAX_NEW_TOKENS, _CHUNKS, *_LOADING, _JSON),
 ]
 # A function, what it does, and its arguments.
@@ -377,12 +499,16 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("destination", help="folder that does not exist yet"),
         _option("--to", choices=["native", "published"], default="native"),
     ]),
+    (verify, "Whether a kept context or a checkpoint is whole, and what is wrong with it if not.", [
+        _option("path", help="file of a context, or folder of a checkpoint"),
+        _JSON,
+    ]),
     (plan, "What a run takes in memory, before it is started, and how many images fit.", [
         _option("model", nargs="?", help="folder or Hub id"),
         _option("--shape", choices=list(SHAPES), help="a published shape, instead of a model"),
         _option("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)"),
         _option("--images", type=int, default=1000),
-        _option("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
+        _option("--memory", type=_positive(float), default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
         _option("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16"),
         _option("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)"),
         _option("--plot", metavar="FILE.png", help="draw memory against the number of images"),
@@ -391,14 +517,22 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
     (info, "What a checkpoint is, without loading its weights; or where its time goes.", [
         _option("model", nargs="?", default=TINY, help="folder or Hub id"),
         _option("--profile", action="store_true", help="load it, and say where the time of a token goes"),
-        _option("--context", type=int, default=1024, help="tokens before that one (default: 1024)"),
+        _option("--context", type=_positive(int), default=1024, help="tokens before that one (default: 1024)"),
         *(*_LOADING, _JSON),
     ]),
 ]  # fmt: skip
 
 
+_EXIT_CODES = (
+    "Exit codes: 0 all went well; 1 something unforeseen; 2 what was asked for cannot be done, for the reason"
+)
+_EXIT_CODES += " that is printed; 130 interrupted; 141 whoever read the output has gone."
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longllava", description="Ask LongLLaVA about pictures and videos.")
+    parser = argparse.ArgumentParser(
+        prog="longllava", description="Ask LongLLaVA about pictures and videos.", epilog=_EXIT_CODES
+    )
     parser.add_argument("--version", action="version", version=f"longllava_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for function, description, options in _COMMANDS:
@@ -409,20 +543,53 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises `ValueError` for what came from a terminal or a program as no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be UTF-8, but has other bytes at position {error.start}: {text!r}.") from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and name not in ("keep", "path", "plot"):
+            check_text(value, f"The argument `{name}`")
+    if arguments.function is ask:
+        check_text(arguments.inputs[-1], "The question")
+    LIMITS.allow_private_addresses |= getattr(arguments, "allow_private_addresses", False)
+    arguments.function(arguments)
+    sys.stdout.flush()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 when it went well, 2 with one line on stderr when it did not, 130 when it was interrupted."""
+    """Run a command; what it returns is the exit code, see `longllava --help`. Errors are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        arguments.function(arguments)
+        _run(arguments)
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get("LONGLLAVA_TRACEBACK"):
+            raise
+        print(
+            f"error: unforeseen: {type(error).__name__}: {error} (LONGLLAVA_TRACEBACK=1 shows where.)", file=sys.stderr
+        )
+        return 1
     return 0
 
 

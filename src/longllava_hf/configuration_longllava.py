@@ -7,6 +7,8 @@ its authors published.
 import copy
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -64,6 +66,36 @@ _PUBLISHED_ONLY_KEYS = {
 }  # fmt: skip
 # Keys that `from_dict` adds to a configuration on behalf of the caller; they stay at the top.
 _CALLER_KEYS = ("attn_implementation", "experts_implementation", "output_attentions", "num_labels")
+
+
+# More of them than any model has take minutes to be listed, let alone built.
+_MAX_LAYERS = 1024
+
+
+@contextmanager
+def named_errors(what: str, source: Any) -> Iterator[None]:
+    """
+    A `ValueError`, or an `OSError` where it is one, that says what of which file cannot be used, in place of whatever
+    those who read it raise. A source of `None` changes nothing.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError):
+        raise
+    except BaseException as error:  # the tokenizers' panics are no `Exception`
+        is_plain = isinstance(error, (OSError, ValueError))
+        if source is None or (is_plain and str(source) in str(error)):
+            raise
+        reason = f"{error}" if is_plain else f"{type(error).__name__}: {error}"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what} of `{source}` cannot be used: {reason}") from error
+
+
+def _check_sizes(config: Any, names: str, most: int | None = None) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= (most or value):
+            raise ValueError(f"`{name}` must be at least 1{f' and at most {most}' if most else ''}, but is {value}.")
 
 
 @strict
@@ -201,10 +233,18 @@ class LongLLaVATextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs on every new configuration."""
+        _check_sizes(self, "num_hidden_layers num_experts", _MAX_LAYERS)
+        _check_sizes(self, "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads")
+        _check_sizes(self, "num_experts_per_tok mamba_d_state mamba_d_conv mamba_expand mamba_dt_rank")
+        _check_sizes(self, "attn_layer_period expert_layer_period")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"`rms_norm_eps` must be between 0 and 1, but is {self.rms_norm_eps}.")
         for kind in ("attn", "expert"):
             period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
-            if offset >= period:
-                raise ValueError(f"`{kind}_layer_offset` ({offset}) must be smaller than its period ({period}).")
+            if not 0 <= offset < period:
+                raise ValueError(
+                    f"`{kind}_layer_offset` ({offset}) must be smaller than its period ({period}), and not negative."
+                )
         if self.num_experts_per_tok > self.num_experts > 1:
             raise ValueError(
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed `num_experts` ({self.num_experts})."
@@ -304,6 +344,19 @@ class LongLLaVAConfig(PreTrainedConfig):
             raise ValueError('`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: no class token.')
         if self.vision_batch_size < 1:
             raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
+        tower = self.vision_config
+        _check_sizes(tower, "num_hidden_layers", _MAX_LAYERS)
+        _check_sizes(tower, "hidden_size image_size patch_size")
+        if not -tower.num_hidden_layers - 1 <= self.vision_feature_layer <= tower.num_hidden_layers:
+            raise ValueError(
+                f"`vision_feature_layer` must be one of the tower's {tower.num_hidden_layers} layers or their input, but is"
+                f" {self.vision_feature_layer}."
+            )
+        if self.image_seq_length < 1:
+            raise ValueError(
+                f"A picture of {tower.image_size} pixels in patches of {tower.patch_size} has no token after pooling"
+                f" (`pooling_mode={self.pooling_mode!r}`)."
+            )
 
     def validate_decoder(self):
         """Part of the validation too: a decoder that is tested, every attention layer of which sees all tokens."""
@@ -328,18 +381,20 @@ class LongLLaVAConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As [`~PreTrainedConfig.from_dict`]; a published flat configuration (`model_type: llava_jamba`) is translated."""
-        # Only where the tower is looked for: what is read from a folder does not depend on the folder's name.
+        # Only where the tower is looked for, and in errors: what is read from a folder does not depend on its name.
         folder = kwargs.pop("name_or_path", None)
-        if config_dict.get("model_type") == LlavaJambaConfig.model_type:
-            folder = folder or config_dict.get("_name_or_path") or config_dict.get("name_or_path")
-            config_dict = published_to_native(config_dict, folder=folder)
-        return super(LongLLaVAConfig, LongLLaVAConfig).from_dict(config_dict, **kwargs)
+        with named_errors("The configuration", folder):
+            if config_dict.get("model_type") == LlavaJambaConfig.model_type:
+                stored = config_dict.get("_name_or_path") or config_dict.get("name_or_path")
+                config_dict = published_to_native(config_dict, folder=folder or stored)
+            return super(LongLLaVAConfig, LongLLaVAConfig).from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As [`~PreTrainedConfig.from_pretrained`]; accepts published checkpoints too."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with named_errors("The configuration", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class LlavaJambaConfig(LongLLaVAConfig):

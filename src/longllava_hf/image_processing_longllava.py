@@ -67,6 +67,8 @@ _FILTERS: dict[int, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
     Image.Resampling.LANCZOS: (3.0, lambda x: np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)),
 }
 _FILTER_BITS = 22
+# Pixels of a tile's side, and sub-images of a picture: far more than any tower takes.
+_MAX_SIDE, _MAX_TILES = 1 << 14, 1024
 _BAND_BYTES = 1 << 24
 
 
@@ -137,7 +139,7 @@ def _to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
     return np.rint(picture * 255.0 if is_unit else picture).astype(np.uint8), is_unit
 
 
-def _open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
+def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
     """The picture in a file, its header read and its pixels not."""
     try:
         file = read_source(source)
@@ -175,7 +177,7 @@ def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
     """Height and width of a picture as [`load_picture`] would give it; of most files, only the header is read."""
     name = name or f"The picture ({describe_source(source)})"
     if isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        with _open_picture(source, name) as image:
+        with open_picture(source, name) as image:
             # Some releases of Pillow turn a TIFF as they decode it, and say so before.
             if image.format != "TIFF":
                 with _damage_named(name):
@@ -202,7 +204,7 @@ def _open(source: Any, name: str) -> Image.Image | np.ndarray:
         check_size(*source.size, name)
         return source
     if isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        return _open_picture(source, name)
+        return open_picture(source, name)
     raise ValueError(
         f"{name} must be a path, a URL, base64 text, bytes, a PIL image, an array or a tensor, but it is a"
         f" {type(source).__name__}."
@@ -567,6 +569,10 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             tiles = [self.normalize(tile, mean, settings["image_std"]) for tile in tiles]
         return tiles, grid
 
+    def check_settings(self) -> None:
+        """Raises `ValueError` where this processor's own settings make no sense."""
+        self._settings({})
+
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The settings of one call: those given, the rest from this processor. Raises where they make no sense."""
         validate_typed_dict(self.valid_kwargs, given)  # type: ignore[type-var]
@@ -578,6 +584,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
                 settings[name] = SizeDict(**sizes)
         checked = "do_rescale rescale_factor do_normalize image_mean image_std do_center_crop crop_size do_resize size resample"
         validate_preprocess_arguments(**{name: settings[name] for name in checked.split()})
+        _check_values(settings)
         if settings["do_pad"] and settings["image_mean"] is not None:
             settings["do_convert_rgb"] = True  # the background has three channels
         return settings
@@ -627,6 +634,52 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         return [self.best_grid(*size, settings["crop_size"].height, settings["image_grid_pinpoints"])]
 
 
+def _check_values(settings: dict[str, Any]) -> None:
+    """Raises `ValueError` for numbers that would only be noticed, or not be noticed, when a picture comes."""
+
+    def refuse(name: str, wanted: str) -> None:
+        raise ValueError(f"`{name}` must be {wanted}, but is {settings[name]!r}.")
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+
+    for name in ("image_mean", "image_std"):
+        values = settings[name]
+        is_wrong = values is not None and (
+            not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(is_number, values))
+        )
+        if is_wrong or (name == "image_std" and values is not None and 0 in values):
+            refuse(name, "3 numbers" + (" other than 0" if name == "image_std" else ""))
+    if settings["do_pad"] and settings["image_mean"] and not all(0 <= x <= 1 for x in settings["image_mean"]):
+        refuse("image_mean", "3 numbers from 0 to 1, as it is the padding's color too")
+    if settings["do_rescale"] and not is_number(settings["rescale_factor"]):
+        refuse("rescale_factor", "a number")
+    for name in ("size", "crop_size"):
+        given = {key: value for key, value in vars(settings[name] or SizeDict()).items() if value is not None}
+        if not all(isinstance(value, int) and 1 <= value <= _MAX_SIDE for value in given.values()):
+            refuse(name, f"of whole numbers from 1 to {_MAX_SIDE}")
+    resample = settings["resample"]
+    if settings["do_resize"] and isinstance(resample, int) and resample not in list(Image.Resampling):
+        refuse("resample", f"one of Pillow's filters, {[int(x) for x in Image.Resampling]}")
+    length = settings["image_seq_length"]
+    if not isinstance(length, int) or not 1 <= length <= _MAX_SIDE:
+        refuse("image_seq_length", f"a whole number from 1 to {_MAX_SIDE}")
+    if settings["patch_strategy"] not in (None, "none", "best_fit"):
+        refuse("patch_strategy", "'none' or 'best_fit'")
+    pinpoints = settings["image_grid_pinpoints"]
+    if pinpoints is not None:
+        are_pairs = isinstance(pinpoints, (list, tuple)) and all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+            for pair in pinpoints
+        )
+        if (
+            not are_pairs
+            or not pinpoints
+            or not all(n >= 1 and rows * columns <= _MAX_TILES for rows, columns in pinpoints for n in (rows, columns))
+        ):
+            refuse("image_grid_pinpoints", f"pairs of rows and columns, of at most {_MAX_TILES} sub-images")
+
+
 def _flatten(images) -> Iterator[tuple[Any, bool]]:
     """Every picture and video file in any nesting, and whether only the whole is wanted, as of the frames of a video."""
     if isinstance(images, VideoFile):
@@ -649,4 +702,4 @@ def _open_films(items: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool]]
             yield item, whole_only
 
 
-__all__ = ["LazyPixelValues", "LongLLaVAImageProcessor", "load_picture", "picture_size"]
+__all__ = ["LazyPixelValues", "LongLLaVAImageProcessor", "load_picture", "open_picture", "picture_size"]

@@ -26,11 +26,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, is_jinja_available, logging
 from transformers.video_utils import VideoInput
 
 from .compat_longllava import merge_processor_kwargs
-from .configuration_longllava import hub_arguments, locate_vision_tower
+from .configuration_longllava import hub_arguments, locate_vision_tower, named_errors
 from .image_processing_longllava import LongLLaVAImageProcessor, LongLLaVAImageProcessorKwargs
 from .video_longllava import Frames, VideoFile, check_num_frames
 
@@ -118,13 +118,17 @@ class LongLLaVAProcessor(ProcessorMixin):
         settings = {name: kwargs.pop(name) for name in LongLLaVAImageProcessorKwargs.__annotations__ if name in kwargs}
         own = {name: kwargs.pop(name) for name in _OWN_KWARGS if name in kwargs}
         hub_kwargs = hub_arguments(kwargs)
-        processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
-        stored = cls._stored_settings(pretrained_model_name_or_path, processor_dict, hub_kwargs)
-        components = [
-            LongLLaVAImageProcessor.from_dict({**stored, **settings}),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
-        return cls.from_args_and_dict(components, processor_dict, **own)
+        with named_errors("The processor", pretrained_model_name_or_path):
+            processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
+            stored = cls._stored_settings(pretrained_model_name_or_path, processor_dict, hub_kwargs)
+            image_processor = LongLLaVAImageProcessor.from_dict({**stored, **settings})
+            image_processor.check_settings()
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            loaded = cls.from_args_and_dict([image_processor, tokenizer], processor_dict, **own)
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            check_num_frames(processor.num_frames)
+            _check_template(processor)
+        return loaded
 
     @staticmethod
     def _stored_settings(folder, processor_dict: dict, hub_kwargs: dict) -> dict[str, Any]:
@@ -409,6 +413,19 @@ def _as_dict(item: Any) -> Any:
     if isinstance(item, dict) or not hasattr(item, "__dict__"):
         return item
     return {name: value for name, value in item.__dict__.items() if value is not None}
+
+
+def _check_template(processor: LongLLaVAProcessor) -> None:
+    """Raises whatever a chat template does that cannot be rendered; what it refuses in so many words is its business."""
+    if not is_jinja_available():
+        return
+    from jinja2 import TemplateError
+
+    try:
+        processor.apply_chat_template([{"role": "user", "content": "?"}])
+    except TemplateError as error:
+        if type(error) is not TemplateError:
+            raise
 
 
 def _tower_settings(tower: str) -> dict[str, Any]:
