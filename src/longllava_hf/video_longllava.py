@@ -80,7 +80,8 @@ class VideoFile:
     """
 
     fps: float | None
-    # The number or, where an index leads to it, the time of each frame, by which it is found; times of key frames.
+    # By what each frame is found: its time where an index leads to it, else its number; times of key frames.
+    _has_times: bool
     _marks: list[int]
     _keys: list[int]
     # When each frame is shown, and when the last one ends; `None` if nothing tells.
@@ -146,13 +147,13 @@ class VideoFile:
                 raise ValueError(f"{self.name} is truncated or damaged after {count - 1} frames.")
             if packet.size:
                 yield packet
-        if is_counted and count != stream.frames and stream.frames:
+        if is_counted and count != _promised(stream):
             # An edit list may leave out packets, or show some twice; without it all of them must be there.
             with self._open(ignore_editlist="1") as whole:
-                count = sum(packet.size > 0 and not packet.is_corrupt for packet in whole.container.demux(whole))
-            if count < stream.frames:
-                expected = f"it should have {stream.frames} frames, and {count} are there"
-                raise ValueError(f"{self.name} is truncated: {expected}.")
+                count = sum(packet.size > 0 or packet.dts is not None for packet in whole.container.demux(whole))
+                expected = _promised(whole)
+            if count < expected:
+                raise ValueError(f"{self.name} is truncated: it should have {expected} frames, and {count} are there.")
 
     def _decoded(self, stream) -> Iterator:
         for packet in self._packets(stream):
@@ -178,7 +179,8 @@ class VideoFile:
         if not times:
             raise ValueError(f"{self.name} has no frames.")
         has_clock = _increases(times)
-        self._marks, self._keys = (times, keys) if is_seekable and has_clock else (list(range(len(times))), [])
+        self._has_times = is_seekable and has_clock
+        self._marks, self._keys = (times, keys) if self._has_times else (list(range(len(times))), [])
         self.fps, self._seconds = float(rate or 0) or None, None
         if has_clock and time_base:
             starts = np.array([time - times[0] for time in times], dtype=float) * float(time_base)
@@ -249,7 +251,7 @@ class VideoFile:
             stream.thread_type = "AUTO" if seeks else "SLICE"
 
             def decode() -> Iterator[tuple[int, Any]]:
-                if not self._keys:
+                if not self._has_times:
                     return enumerate(self._decoded(stream))
                 return ((frame.pts, frame) for frame in self._decoded(stream) if frame.pts is not None)
 
@@ -288,13 +290,19 @@ class VideoFile:
             signs = tuple(np.sign(np.where(small, 0, linear)).ravel().tolist())
             if any(signs):
                 if signs not in _ORIENTATIONS:
-                    numbers = (matrix / [1 << 16, 1 << 16, 1 << 30]).tolist()
+                    numbers = (matrix / [1 << 16, 1 << 16, 1 << 30]).round(3).tolist()
                     raise ValueError(
                         f"{self.name} must be shown turned by quarters or mirrored, but its display matrix is {numbers}."
                     )
                 if (orientation := _ORIENTATIONS[signs]) is not None:
                     picture = picture.transpose(orientation)
         return picture
+
+
+def _promised(stream) -> int:
+    """How many packets the header says there are. Of films in fragments it says nothing, but from PyAV 17 the index."""
+    is_mov = stream.container.format.name.startswith("mov")
+    return max(stream.frames, len(getattr(stream, "index_entries", ())) if is_mov else 0)
 
 
 def _is_cover(stream) -> bool:
