@@ -60,7 +60,8 @@ def remux(source, target, skip=0, change=lambda packet, n: packet, **options):
     """A copy of the packets, the first `skip` of them before the film's beginning, so that an edit list hides them."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = old.streams.video[0]
-        copy = new.add_stream_from_template(stream, opaque=True)
+        # The decoder of AV1 has no encoder of its name, and an old PyAV does not know `opaque`.
+        copy = new.add_stream_from_template(stream, **({"opaque": True} if stream.name == "libdav1d" else {}))
         for n, packet in enumerate(packet for packet in old.demux(stream) if packet.size):
             step = packet.duration or int(1 / (10 * packet.time_base))
             packet.pts, packet.dts = packet.pts - skip * step, packet.dts - skip * step
@@ -356,6 +357,8 @@ def test_display_matrices_turn_as_ffmpeg_says(tmp_path):
         path = with_matrix(encode(tmp_path / "film.mp4", images=[quarters()]), linear)
         with av.open(str(path)) as container:
             frame = next(container.decode(video=0))
+            if not hasattr(frame, "rotation"):
+                pytest.skip("this PyAV does not tell the rotation")
             turned = frame.to_image().rotate(frame.rotation, expand=True)
         assert same(list(VideoFile(path)), [turned])
 

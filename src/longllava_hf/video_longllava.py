@@ -119,13 +119,14 @@ class VideoFile:
             import av
         except ImportError:
             raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
-        # The file is open already, so no protocol is needed, and what is in it may open no other one.
+        # The file is open already, so no protocol is needed, and what is in it may open no other one. Options of the
+        # container only: PyAV 14 crashes on those of streams if a header does not tell how many there are.
         options |= {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(self._file())
             try:
                 container = stack.enter_context(
-                    av.open(file, options=options, metadata_errors="replace", buffer_size=_BUFFER_SIZE)
+                    av.open(file, container_options=options, metadata_errors="replace", buffer_size=_BUFFER_SIZE)
                 )
             except av.FFmpegError as error:
                 raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error.strerror}.") from error
@@ -194,7 +195,9 @@ class VideoFile:
         codec = stream.codec_context.name
         if codec not in _ONE_FRAME_A_PACKET:
             return None
-        times, keys, probe = [], [], []
+        times: list = []
+        keys: list = []
+        probe: list = []
         for packet in self._packets(stream):
             if len(probe) < _PROBED:
                 probe += [frame.pts for frame in packet.decode()]
