@@ -30,7 +30,7 @@ _ONE_FRAME_A_PACKET = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mjpeg",
 # As many frames are decoded to see that packets and frames agree.
 _PROBED = 8
 _BUFFER_SIZE = 1 << 18
-# Before PyAV told what is a cover: pictures without a frame rate.
+# What a cover is made of, for a PyAV that does not tell.
 _COVERS = ("mjpeg", "png", "bmp", "gif", "webp")
 
 # What a display matrix a b, c d does to a picture, by the signs: `x' = a x + c y`, `y' = b x + d y`, y downwards.
@@ -114,7 +114,7 @@ class VideoFile:
 
     @contextlib.contextmanager
     def _open(self, **options: str) -> Iterator[Any]:
-        """The first stream that is a film."""
+        """The first stream that is a film, in a container that is open."""
         try:
             import av
         except ImportError:
@@ -130,9 +130,11 @@ class VideoFile:
                 )
             except av.FFmpegError as error:
                 raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error.strerror}.") from error
-            stream = next((stream for stream in container.streams.video if not _is_cover(stream)), None)
-            if stream is None:
+            streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+            if not streams:
                 raise ValueError(f"{self.name} has no video stream.")
+            # A single frame may be there to stand for the film (AVIF).
+            stream = next((stream for stream in streams if stream.frames != 1), streams[0])
             if stream.codec_context is None:
                 raise ValueError(f"{self.name} cannot be decoded: this FFmpeg has no decoder for it.")
             if stream.width and stream.height:
@@ -141,20 +143,22 @@ class VideoFile:
 
     def _packets(self, stream) -> Iterator:
         """The packets of a stream that have something in them, and an error if some are missing or cut off."""
-        count, is_counted = 0, stream.container.format.name.startswith(_COUNTED)
+        count, container, expected = 0, stream.container.format.name, stream.frames
         for packet in stream.container.demux(stream):
-            count += packet.size > 0 or packet.dts is not None  # AVI repeats a frame by an empty packet
-            if packet.is_corrupt and is_counted:
+            count += packet.size > 0 or packet.dts is not None  # all but the last one, of which nothing is
+            if container == "avi" and packet.dts is not None:
+                count = packet.dts + 1  # its clock counts frames, also those that are dropped
+            if packet.is_corrupt and container.startswith(_COUNTED):
                 raise ValueError(f"{self.name} is truncated or damaged after {count - 1} frames.")
             if packet.size:
                 yield packet
-        if is_counted and count != _promised(stream):
+        if container.startswith("mov") and count != (expected := _promised(stream)):
             # An edit list may leave out packets, or show some twice; without it all of them must be there.
             with self._open(ignore_editlist="1") as whole:
                 count = sum(packet.size > 0 or packet.dts is not None for packet in whole.container.demux(whole))
                 expected = _promised(whole)
-            if count < expected:
-                raise ValueError(f"{self.name} is truncated: it should have {expected} frames, and {count} are there.")
+        if container.startswith(_COUNTED) and count < expected:
+            raise ValueError(f"{self.name} is truncated: it should have {expected} frames, and {count} are there.")
 
     def _decoded(self, stream) -> Iterator:
         for packet in self._packets(stream):
@@ -303,9 +307,8 @@ class VideoFile:
 
 
 def _promised(stream) -> int:
-    """How many packets the header says there are. Of films in fragments it says nothing, but from PyAV 17 the index."""
-    is_mov = stream.container.format.name.startswith("mov")
-    return max(stream.frames, len(getattr(stream, "index_entries", ())) if is_mov else 0)
+    """How many packets an MP4 or MOV should have. For one in fragments only the index tells, if PyAV shows it."""
+    return max(stream.frames, len(getattr(stream, "index_entries", ())))
 
 
 def _is_cover(stream) -> bool:
@@ -314,8 +317,14 @@ def _is_cover(stream) -> bool:
         from av.stream import Disposition
 
         return bool(stream.disposition & Disposition.attached_pic)
-    # Before PyAV 15 it must be told by what it is.
+    # An older PyAV does not say.
     return stream.codec_context is not None and stream.codec_context.name in _COVERS and not stream.average_rate
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class AnimationFile(VideoFile):
@@ -352,7 +361,10 @@ class AnimationFile(VideoFile):
         with self._animation() as image:
             # The first picture of an APNG may be for those who know no animations, and no frame of it.
             first = 1 if image.info.get("default_image") else 0
-            self._marks, self._keys = list(range(first, getattr(image, "n_frames", 1))), []
+            try:
+                self._marks, self._keys = list(range(first, getattr(image, "n_frames", 1))), []
+            except Exception as error:
+                raise ValueError(f"{self.name} is damaged or truncated: {error}") from error
             for mark in self._marks:
                 self._show(image, mark)
                 durations.append(image.info.get("duration") or _DEFAULT_DURATION)
@@ -363,7 +375,7 @@ class AnimationFile(VideoFile):
         with self._animation() as image:
             for index in self.indices:
                 self._show(image, self._marks[index])
-                yield ImageOps.exif_transpose(image).convert("RGB")
+                yield _to_rgb(ImageOps.exif_transpose(image))
 
 
 class Frames(Sequence):
