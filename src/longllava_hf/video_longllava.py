@@ -56,6 +56,14 @@ def check_num_frames(num_frames: int | None) -> None:
         raise ValueError(f"`num_frames` must be at least 1, but it is {num_frames}.")
 
 
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
+    return av
+
+
 def _increases(times: list) -> bool:
     return None not in times and all(a < b for a, b in pairwise(times))
 
@@ -115,10 +123,7 @@ class VideoFile:
     @contextlib.contextmanager
     def _open(self, **options: str) -> Iterator[Any]:
         """The first stream that is a film, in a container that is open."""
-        try:
-            import av
-        except ImportError:
-            raise ImportError("Reading videos needs PyAV: `pip install longllava_hf[video]`.") from None
+        av = _import_av()
         # The file is open already, so no protocol is needed, and what is in it may open no other one. Options of the
         # container only: PyAV 14 crashes on those of streams if a header does not tell how many there are.
         options |= {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
@@ -141,8 +146,8 @@ class VideoFile:
                 check_size(stream.width, stream.height, self.name)
             yield stream
 
-    def _packets(self, stream) -> Iterator:
-        """The packets of a stream that have something in them, and an error if some are missing or cut off."""
+    def _all_packets(self, stream) -> Iterator:
+        """The packets of a stream from the first to the last, and an error if some are missing or cut off."""
         count, container, expected = 0, stream.container.format.name, stream.frames
         for packet in stream.container.demux(stream):
             count += packet.size > 0 or packet.dts is not None  # all but the last one, of which nothing is
@@ -150,8 +155,7 @@ class VideoFile:
                 count = packet.dts + 1  # its clock counts frames, also those that are dropped
             if packet.is_corrupt and container.startswith(_COUNTED):
                 raise ValueError(f"{self.name} is truncated or damaged after {count - 1} frames.")
-            if packet.size:
-                yield packet
+            yield packet
         if container.startswith("mov") and count != (expected := _promised(stream)):
             # An edit list may leave out packets, or show some twice; without it all of them must be there.
             with self._open(ignore_editlist="1") as whole:
@@ -160,15 +164,9 @@ class VideoFile:
         if container.startswith(_COUNTED) and count < expected:
             raise ValueError(f"{self.name} is truncated: it should have {expected} frames, and {count} are there.")
 
-    def _decoded(self, stream) -> Iterator:
-        for packet in self._packets(stream):
-            yield from packet.decode()
-        yield from stream.decode()
-
     def _index(self) -> None:
         """Find out when each frame is shown, and at which ones decoding can start."""
-        import av
-
+        av = _import_av()
         try:
             with self._open() as stream:
                 rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
@@ -176,7 +174,7 @@ class VideoFile:
                 found = self._by_packets(stream) if is_seekable else None
             if found is None:
                 with self._open() as stream:
-                    frames = [(frame.pts, frame.key_frame) for frame in self._decoded(stream)]
+                    frames = [(frame.pts, frame.key_frame) for frame in _decode(stream, self._all_packets(stream))]
                 found = [time for time, _ in frames], [time for time, is_key in frames if is_key]
         except av.FFmpegError as error:
             raise ValueError(f"{self.name} is damaged: {error.strerror}.") from error
@@ -202,7 +200,9 @@ class VideoFile:
         times: list = []
         keys: list = []
         probe: list = []
-        for packet in self._packets(stream):
+        for packet in self._all_packets(stream):
+            if not packet.size:
+                continue
             if len(probe) < _PROBED:
                 probe += [frame.pts for frame in packet.decode()]
             if packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 0x10):
@@ -234,8 +234,7 @@ class VideoFile:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        import av
-
+        av = _import_av()
         marks, done = [self._marks[i] for i in self.indices], 0
         if marks != sorted(marks):
             raise ValueError(f"{self.name} can only be read forwards, but its `indices` go back: {self.indices}.")
@@ -247,10 +246,10 @@ class VideoFile:
                     done += 1
                 return
             except (av.FFmpegError, LookupError) as error:
-                reason = error
+                failure = error
         counts = f"{len(self)} frames were wanted, {done} could be read"
-        reason_text = reason.strerror if isinstance(reason, av.FFmpegError) else reason
-        raise ValueError(f"{self.name} is damaged or truncated: {counts} ({reason_text}).") from reason
+        reason = getattr(failure, "strerror", None) or failure
+        raise ValueError(f"{self.name} is damaged or truncated: {counts} ({reason}).") from failure
 
     def _pictures(self, marks: list[int], seeks: bool) -> Iterator[Image.Image]:
         """The frames with these marks. With `seeks`, what none of them depends on is not decoded."""
@@ -258,12 +257,11 @@ class VideoFile:
             stream.thread_type = "AUTO" if seeks else "SLICE"
 
             def decode() -> Iterator[tuple[int, Any]]:
-                if not self._has_times:
-                    return enumerate(self._decoded(stream))
-                return ((frame.pts, frame) for frame in self._decoded(stream) if frame.pts is not None)
+                shown = _decode(stream, stream.container.demux(stream))
+                return ((frame.pts, frame) for frame in shown) if self._has_times else enumerate(shown)
 
             def find(mark: int) -> tuple[int, Any]:
-                found = next((pair for pair in frames if pair[0] >= mark), None)
+                found = next((pair for pair in frames if pair[0] is not None and pair[0] >= mark), None)
                 if found is None or found[0] != mark:
                     raise LookupError("a frame is missing" if found else "it ends early")
                 return found
@@ -289,21 +287,30 @@ class VideoFile:
             width = round(picture.width * aspect)
             check_size(width, picture.height, self.name)
             picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-        if (data := frame.side_data.get("DISPLAYMATRIX")) is not None:
-            matrix = np.frombuffer(bytes(data), dtype=np.int32).astype(np.int64).reshape(3, 3)
-            linear = matrix[:2, :2]
-            # Within a degree, as FFmpeg does it; how much it scales does not matter.
-            small = np.abs(linear) < np.abs(linear).max(axis=1, keepdims=True) * math.sin(math.radians(1))
-            signs = tuple(np.sign(np.where(small, 0, linear)).ravel().tolist())
-            if any(signs):
-                if signs not in _ORIENTATIONS:
-                    numbers = (matrix / [1 << 16, 1 << 16, 1 << 30]).round(3).tolist()
-                    raise ValueError(
-                        f"{self.name} must be shown turned by quarters or mirrored, but its display matrix is {numbers}."
-                    )
-                if (orientation := _ORIENTATIONS[signs]) is not None:
-                    picture = picture.transpose(orientation)
-        return picture
+        data = frame.side_data.get("DISPLAYMATRIX")
+        orientation = None if data is None else self._orientation(np.frombuffer(bytes(data), dtype=np.int32))
+        return picture if orientation is None else picture.transpose(orientation)
+
+    def _orientation(self, matrix: np.ndarray) -> Image.Transpose | None:
+        """What a display matrix, nine numbers, does to a picture; how much it scales does not matter."""
+        linear = matrix.reshape(3, 3)[:2, :2] / (1 << 16)
+        # Within a degree it is straight, as for FFmpeg.
+        small = np.abs(linear) < np.abs(linear).max(axis=1, keepdims=True) * math.sin(math.radians(1))
+        signs = tuple(np.sign(np.where(small, 0, linear)).ravel().tolist())
+        if any(signs) and signs not in _ORIENTATIONS:
+            raise ValueError(
+                f"{self.name} can be shown mirrored or turned by quarters, but its display matrix is"
+                f" {linear.round(3).tolist()}."
+            )
+        return _ORIENTATIONS.get(signs)
+
+
+def _decode(stream, packets: Iterable) -> Iterator:
+    """The frames that packets are decoded to; an empty one would end it."""
+    for packet in packets:
+        if packet.size:
+            yield from packet.decode()
+    yield from stream.decode()
 
 
 def _promised(stream) -> int:
@@ -339,32 +346,39 @@ class AnimationFile(VideoFile):
 
     @contextlib.contextmanager
     def _animation(self) -> Iterator[Image.Image]:
+        """The picture, open: at one frame after the other."""
         with self._file() as file:
             try:
                 image = Image.open(file, formats=_ANIMATIONS)
+            except Image.DecompressionBombError as error:
+                raise ValueError(f"{self.name} is too large: {error}") from error
             except Exception as error:
                 raise ValueError(f"{self.name} is not an animation that Pillow can read: {error}") from error
             with image:
                 check_size(*image.size, self.name)
                 yield image
 
-    def _show(self, image: Image.Image, mark: int) -> None:
+    @contextlib.contextmanager
+    def _naming_damage(self) -> Iterator[None]:
         try:
-            image.seek(mark)
-            image.load()
+            yield
         except Exception as error:
-            raise ValueError(f"{self.name} is damaged or truncated at frame {mark}: {error}") from error
+            raise ValueError(f"{self.name} is damaged or truncated: {error}") from error
+
+    def _show(self, image: Image.Image, mark: int) -> None:
+        with self._naming_damage():
+            image.seek(mark)
         check_size(*image.size, self.name)
+        with self._naming_damage():
+            image.load()
 
     def _index(self) -> None:
         durations = []
         with self._animation() as image:
             # The first picture of an APNG may be for those who know no animations, and no frame of it.
             first = 1 if image.info.get("default_image") else 0
-            try:
+            with self._naming_damage():
                 self._marks, self._keys = list(range(first, getattr(image, "n_frames", 1))), []
-            except Exception as error:
-                raise ValueError(f"{self.name} is damaged or truncated: {error}") from error
             for mark in self._marks:
                 self._show(image, mark)
                 durations.append(image.info.get("duration") or _DEFAULT_DURATION)
