@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors
-from .checkpoint_longllava import atomic_write
 from .compat_longllava import execution_device
+from .files_longllava import atomic_write
 
 
 # What a file of a context calls itself, and what releases before contexts were values of their own called it.
