@@ -379,6 +379,19 @@ def test_no_damaged_shard_is_published(published_copy, monkeypatch):
     assert same_weights(load(folder.parent / "converted"), load(folder))
 
 
+def test_weights_of_an_earlier_state_are_not_brought_along(published_copy):
+    """Least of all over a shard of the same name."""
+    folder = published_copy()
+    expected = load(folder)
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00004.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"earlier")
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    native = convert_checkpoint(str(folder), str(folder.parent / "native"))
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert {file.name for file in native.iterdir() if file.suffix in (".safetensors", ".bin")} == shards
+    assert same_weights(load(native), expected)
+
+
 def test_a_second_conversion_at_once_is_refused(published_copy, monkeypatch):
     folder, refused = published_copy(), []
 

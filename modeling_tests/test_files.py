@@ -6,9 +6,9 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
+import stat
 import time
 import traceback
 from pathlib import Path
@@ -35,7 +35,7 @@ from .conftest import FIXTURES, published
 from .test_checkpoint_longllava import in_shards, same_weights
 
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed that were forked")
+resource = pytest.importorskip("resource", reason="processes are forked, limited and killed")
 
 # How many processes are killed in all; 40 were for each change of the code.
 KILLS = int(os.environ.get("LONGLLAVA_KILLS", "10"))
@@ -218,6 +218,19 @@ def test_without_locks(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "newer" and len(os.listdir(tmp_path)) == 2  # nobody knows who is alive
 
 
+def test_file_systems_that_sync_no_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fsync_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    write(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "new"
+
+
 def write_often(file, value):
     for _ in range(60):
         with atomic_write(file) as temporary:
@@ -358,6 +371,13 @@ def test_an_interrupted_commit_is_completed_before_anything_else(tmp_path, quant
     changed(quantized, 4).save_pretrained(tmp_path / "a")
     changed(quantized, 4).save_pretrained(tmp_path / "b")
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") and state_of(tmp_path / "a") == 4
+
+
+def test_a_source_of_a_conversion_is_completed_first(tmp_path, quantized):
+    changed(quantized, 1).save_pretrained(tmp_path / "a")
+    interrupted_commit(changed(quantized, 2), tmp_path / "a", max_shard_size="2MB")
+    convert_checkpoint(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert not has_unfinished_save(tmp_path / "a") and same_weights(load(tmp_path / "b"), quantized)
 
 
 def test_a_folder_that_cannot_be_completed(tmp_path, quantized, monkeypatch):

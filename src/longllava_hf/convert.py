@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from .checkpoint_longllava import (
     to_published_name,
 )
 from .configuration_longllava import LongLLaVAConfig, locate_vision_tower, native_to_published
-from .files_longllava import atomic_write, finish_save, hash_file, locked, settle, sync
+from .files_longllava import atomic_write, finish_save, hash_file, locked, settle, sync, write_errors
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .processing_longllava import LongLLaVAProcessor
 
@@ -37,6 +38,8 @@ logger = logging.get_logger(__name__)
 
 _PROGRESS_FILE = "conversion.json"
 _TOWER_FOLDER = "vision_tower"
+# Weights, whether they are those that are converted or an earlier state's.
+_WEIGHTS_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|.+\.index\.json")
 
 
 def _write_json(file: Path, content: dict) -> None:
@@ -251,10 +254,10 @@ def _convert_shards(
 
 def _write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: str, keep: set[str]) -> None:
     """Everything beside the weights: the configuration, the processor, and files that need no change."""
-    written = {"config.json", "conversion.json", *keep}
+    written = {"config.json", _PROGRESS_FILE, *keep}
     for file in folder.iterdir():
-        is_index = file.name.endswith(".index.json")
-        if file.is_file() and not is_index and file.name not in written and not file.name.startswith("."):
+        is_written = file.name in written or _WEIGHTS_FILE.fullmatch(file.name)
+        if file.is_file() and not is_written and not file.name.startswith("."):
             shutil.copyfile(file, partial / file.name)
     if to == "published":
         tower = config.vision_tower or ""
@@ -267,9 +270,12 @@ def _write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: st
             (partial / name).unlink(missing_ok=True)
         return
     config.architectures = [LongLLaVAForConditionalGeneration.__name__]
-    config.save_pretrained(partial)
+    with write_errors(partial):
+        config.save_pretrained(partial)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        LongLLaVAProcessor.from_pretrained(folder).save_pretrained(partial)
+        processor = LongLLaVAProcessor.from_pretrained(folder)
+        with write_errors(partial):
+            processor.save_pretrained(partial)
 
 
 def _write_tower(partial: Path, config: LongLLaVAConfig) -> None:
@@ -279,7 +285,8 @@ def _write_tower(partial: Path, config: LongLLaVAConfig) -> None:
     tower = AutoModel.from_config(config.vision_config)
     weights = {n.removeprefix(prefix): t[...] for n, t in tensors.items() if n.startswith(prefix)}
     tower.load_state_dict(weights)
-    tower.to(next(iter(weights.values())).dtype).save_pretrained(partial / _TOWER_FOLDER)
+    with write_errors(partial / _TOWER_FOLDER):
+        tower.to(next(iter(weights.values())).dtype).save_pretrained(partial / _TOWER_FOLDER)
 
 
 __all__ = ["convert_checkpoint"]

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from errno import EEXIST, ENOTEMPTY
+from errno import EEXIST, EINVAL, ENOTEMPTY
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ def sync(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY if fcntl is not None else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != EINVAL or not os.path.isdir(path):  # as file systems say who have no such thing for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -69,7 +72,8 @@ def settle(folder: Path, mode: int | None = None) -> None:
         new.unlink()
     for root, _, names in os.walk(folder):
         for path in (os.path.join(root, name) for name in names):
-            os.chmod(path, mode)
+            if stat.S_IMODE(os.stat(path).st_mode) != mode:  # not all file systems have modes to change
+                os.chmod(path, mode)
             sync(path)
         sync(root)
 
