@@ -311,6 +311,260 @@ def test_an_interrupted_conversion_goes_on(published_copy, monkeypatch):
     assert all(moved[file.name] == time for file, time in kept.items())
 
 
+def stopped_conversion(folder, target, shards=2):
+    """A conversion that breaks off after so many shards. Returns the folder it leaves."""
+    saved = []
+
+    def save_some(tensors, path, **kwargs):
+        if len(saved) == shards:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save_file(tensors, path, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_module, "save_file", save_some)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(str(folder), str(target))
+    return target.with_name(target.name + ".partial")
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("file", ["model-00003-of-00003.safetensors", "config.json"])
+def test_a_conversion_of_another_source_is_not_gone_on_with(published_copy, file):
+    """Of the same names and sizes."""
+    folder = published_copy()
+    in_shards(folder)
+    partial = stopped_conversion(folder, folder.parent / "converted")
+    before, original = contents(partial), (folder / file).read_bytes()
+    if file == "config.json":
+        (folder / file).write_text(json.dumps(json.loads(original), indent=1))
+    else:
+        save_file({name: x + 1 for name, x in load_file(folder / file).items()}, folder / file, {"format": "pt"})
+        assert (folder / file).stat().st_size == len(original)
+    with pytest.raises(ValueError, match=rf"left from another conversion: its {file} was"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert contents(partial) == before
+    (folder / file).write_bytes(original)
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert same_weights(load(folder.parent / "converted"), load(folder))
+
+
+def test_another_tower_is_another_source(published_copy):
+    folder = published_copy()
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    stopped_conversion(folder, folder.parent / "converted", shards=1)
+    edit(
+        folder.parent / "clip-tiny-336", lambda tensors: [x.add_(1) for x in tensors.values() if x.is_floating_point()]
+    )
+    with pytest.raises(ValueError, match=r"another conversion: its vision_tower/model\.safetensors"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "changed", "removed"])
+def test_a_finished_shard_that_is_damaged_is_made_anew(published_copy, damage):
+    folder = published_copy()
+    in_shards(folder)
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    expected = contents(folder.parent / "converted")
+    shutil.rmtree(folder.parent / "converted")
+    shard = stopped_conversion(folder, folder.parent / "converted") / "model-00001-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes({"empty": b"", "changed": content[:-1] + b"x", "removed": b""}[damage])
+    if damage == "removed":
+        shard.unlink()
+    for left in (
+        ".tmpAbCdEf",
+        "special_tokens_map.json",
+    ):  # of a process that was killed, or not in the source any more
+        (shard.parent / left).write_text("left")
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert contents(folder.parent / "converted") == expected
+
+
+def test_no_damaged_shard_is_published(published_copy, monkeypatch):
+    folder = published_copy()
+    in_shards(folder)
+    write_settings = convert_module._write_settings
+
+    def damage(source, partial, *args, **kwargs):
+        write_settings(source, partial, *args, **kwargs)
+        os.truncate(partial / "model-00002-of-00003.safetensors", 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "_write_settings", damage)
+        with pytest.raises(OSError, match=r"not what was written: .*model-00002-of-00003\.safetensors"):
+            convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert not (folder.parent / "converted").exists()
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert same_weights(load(folder.parent / "converted"), load(folder))
+
+
+def test_weights_of_an_earlier_state_are_not_brought_along(published_copy):
+    """Least of all over a shard of the same name."""
+    folder = published_copy()
+    expected = load(folder)
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00004.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"earlier")
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    native = convert_checkpoint(str(folder), str(folder.parent / "native"))
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert {file.name for file in native.iterdir() if file.suffix in (".safetensors", ".bin")} == shards
+    assert same_weights(load(native), expected)
+
+
+def test_a_second_conversion_at_once_is_refused(published_copy, monkeypatch):
+    folder, refused = published_copy(), []
+
+    def save(*args, **kwargs):
+        with pytest.raises(OSError, match=r"Another conversion to .*converted. is at work") as error:
+            convert_checkpoint(str(folder), str(folder.parent / "converted"))
+        refused.append(error)
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(convert_module, "save_file", save)
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert refused and same_weights(load(folder.parent / "converted"), load(folder))
+    assert {oct(file.stat().st_mode & 0o777) for file in (folder.parent / "converted").iterdir()} == {"0o644"}
+
+
+def test_a_folder_of_no_conversion_is_left_alone(published_copy):
+    folder = published_copy()
+    partial = folder.parent / "converted.partial"
+    partial.mkdir()
+    (partial / "letter").write_text("mine")
+    with pytest.raises(ValueError, match=r"of no conversion: .*'letter'"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    (partial / "conversion.json").write_text("[")
+    with pytest.raises(OSError, match=r"conversion\.json. is damaged"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert (partial / "letter").read_text() == "mine"
+
+
+def test_source_and_destination_inside_each_other(published_copy):
+    folder = published_copy()
+    (folder.parent / "link").symlink_to("checkpoint")
+    inside = folder.parent / "outer.partial" / "source"
+    shutil.copytree(folder, inside)
+    before = contents(folder.parent)
+    for source, target in [(folder, folder / "sub"), (folder, folder.parent / "link" / "sub" / "sub"),
+                           (folder.parent / "link", folder / "sub"), (inside, folder.parent / "outer")]:  # fmt: skip
+        with pytest.raises(OSError, match="must not be inside each other"):
+            convert_checkpoint(str(source), str(target))
+    assert contents(folder.parent) == before
+    (folder.parent / "dangling").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="dangling"):
+        convert_checkpoint(str(folder), str(folder.parent / "dangling"))
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "config.json", "notes.txt", "templates"])
+def test_links_out_of_the_source(published_copy, name):
+    folder = published_copy()
+    in_shards(folder)
+    (folder / "notes.txt").write_text("notes")
+    if name == "templates":
+        name = "additional_chat_templates/x.jinja"
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("x")
+    elsewhere = folder.parent / "elsewhere"
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(OSError, match=rf"{name}. leads to .*elsewhere"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    (folder / name).unlink()
+    (folder / "inside").mkdir()
+    elsewhere.rename(folder / "inside" / "file")
+    (folder / name).symlink_to(folder / "inside" / "file")
+    convert_checkpoint(str(folder), str(folder.parent / "converted"))
+    assert not any(file.is_symlink() for file in (folder.parent / "converted").rglob("*"))
+
+
+def hub_cache(folder, root):
+    """What downloading a checkpoint leaves in `root`. Returns the snapshot."""
+    snapshot = root / "models--someone--llava" / "snapshots" / ("0" * 40)
+    for place in (snapshot, root / "models--someone--llava" / "blobs", root / "models--someone--llava" / "refs"):
+        place.mkdir(parents=True)
+    (root / "models--someone--llava" / "refs" / "main").write_text("0" * 40)
+    for i, file in enumerate(folder.iterdir()):
+        shutil.copyfile(file, root / "models--someone--llava" / "blobs" / f"{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    return snapshot
+
+
+def test_a_hub_cache_may_have_its_links(published_copy, tmp_path):
+    folder = published_copy()
+    in_shards(folder)
+    native = convert_checkpoint(str(folder), str(tmp_path / "native"))  # which has no tower beside it
+    snapshot = hub_cache(native, tmp_path / "hub")
+    convert_checkpoint(str(snapshot), str(tmp_path / "converted"), to="published")
+    assert same_weights(load(tmp_path / "converted"), load(folder))
+    (snapshot / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises(OSError, match=r"notes\.txt. leads to ./etc/hostname"):
+        convert_checkpoint(str(snapshot), str(tmp_path / "again"))
+
+
+FILES_ELSEWHERE = ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "C:x.safetensors",
+                   "x\0.safetensors", "..", ".", "", 3, None, ["x"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES_ELSEWHERE)
+def test_an_index_that_leads_elsewhere(published_copy, file, tmp_path):
+    folder = published_copy()
+    in_shards(folder)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = file
+    index.write_text(json.dumps(content))
+    for name, options in (
+        (folder, {}),
+        ("someone/llava", {"cache_dir": hub_cache(folder, tmp_path / "hub").parents[2]}),
+    ):
+        with pytest.raises(OSError, match=r"index\.json. has .lm_head\.weight. in .*where the name of a file"):
+            load(name, **options)
+    with pytest.raises(OSError, match=r"index\.json. has .lm_head\.weight. in .*where the name of a file"):
+        convert_checkpoint(str(folder), str(tmp_path / "converted"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"weight_map": ' + '{"x":' * 100_000, "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        ("[1]", "found list"),
+        ("null", "found NoneType"),
+        ('{"metadata": {}}', "`weight_map` is NoneType"),
+        ('{"weight_map": {"a": "b"}}', "`metadata` is NoneType"),
+        ('{"metadata": {}, "weight_map": ["model.safetensors"]}', "`weight_map` is list"),
+        ('{"metadata": {}, "weight_map": {}}', "names no file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_that_is_damaged(published_copy, content, said, kind):
+    folder = published_copy()
+    (folder / "model.safetensors").unlink()
+    (folder / f"{kind}.index.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(OSError, match=rf"{kind}\.index\.json. is damaged: .*{said}"):
+        load(folder)
+    with pytest.raises(OSError, match=rf"{kind}\.index\.json. is damaged: .*{said}"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
+def test_the_index_of_a_tower_elsewhere_is_looked_at_too(published_copy):
+    folder = published_copy()
+    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "vision_tower" in n])
+    in_shards(folder.parent / "clip-tiny-336")
+    index = folder.parent / "clip-tiny-336" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of", "../model-00001-of"))
+    with pytest.raises(OSError, match=r"clip-tiny-336/model\.safetensors\.index\.json. has"):
+        load(folder)
+    with pytest.raises(OSError, match=r"clip-tiny-336/model\.safetensors\.index\.json. has"):
+        convert_checkpoint(str(folder), str(folder.parent / "converted"))
+
+
 def test_conversion_does_not_overwrite(published_copy):
     folder = published_copy()
     with pytest.raises(FileExistsError, match="exists already"):

@@ -10,9 +10,9 @@ names under `model.language_model.`. All three hold one tensor an expert; only i
 
 import contextlib
 import copy
+import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,6 +38,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
 from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
 from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower, named_errors
+from .files_longllava import all_or_nothing, finish_save, has_unfinished_save
 from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
 
@@ -48,6 +49,8 @@ _VISION_TOWER = "vision_tower."
 _EXPERT_PARTS = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}
 # What readers of weights raise for files that are damaged.
 _DAMAGE = (SafetensorError, UnpicklingError, EOFError)
+# In an index: no path, on whatever system.
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
 
@@ -172,20 +175,6 @@ def to_published_name(name: str, config: PreTrainedConfig) -> str:
     return to_native_name(name, [(_pattern(native), published) for published, native in _name_pairs(config)])
 
 
-@contextlib.contextmanager
-def atomic_write(file: str | os.PathLike) -> Iterator[str]:
-    """A name of its own to write to, beside `file`, whose place it takes once it is on disk; else nothing is left of it."""
-    temporary = f"{os.fspath(file)}.{uuid.uuid4().hex}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def damaged_files(*folders: Any) -> str:
     """What is wrong with the weight files of local folders: a line naming each that cannot be read, or nothing."""
     problems = []
@@ -249,10 +238,35 @@ def read_headers(checkpoint_files: list[str], source: Any) -> dict[str, Any]:
         return read_lazily(checkpoint_files)
 
 
+def _check_index(index: str) -> None:
+    """Raises `OSError` unless an index names files beside it, and nothing else."""
+    try:
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"The index `{index}` is damaged: it is no JSON ({error}).") from error
+    for key in ("metadata", "weight_map"):
+        found = content.get(key) if isinstance(content, dict) else content
+        if not isinstance(found, dict):
+            kind = f"`{key}` is {type(found).__name__}" if isinstance(content, dict) else type(content).__name__
+            raise OSError(f"The index `{index}` is damaged: expected an object with an object `{key}`, found {kind}.")
+    if not content["weight_map"]:
+        raise OSError(f"The index `{index}` is damaged: its `weight_map` names no file.")
+    for weight, file in content["weight_map"].items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise OSError(
+                f"The index `{index}` has `{weight}` in {file!r}, where the name of a file beside it must be."
+            )
+
+
 def checkpoint_files(
     name: str | os.PathLike, variant: str | None = None, use_safetensors: bool | None = None, **where
 ) -> list[str]:
-    """The files of a checkpoint's weights, as [`~PreTrainedModel.from_pretrained`] finds them; none under other names."""
+    """
+    The files of a checkpoint's weights, as [`~PreTrainedModel.from_pretrained`] finds them; none under other names.
+
+    Raises:
+        OSError: for an index that is damaged, or leads to other folders.
+    """
     safe = [] if use_safetensors is False else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     for file_name in [*safe, *([] if use_safetensors else [WEIGHTS_NAME, WEIGHTS_INDEX_NAME])]:
         stem, extension = file_name.rsplit(".", 1)
@@ -260,7 +274,10 @@ def checkpoint_files(
             file: Any = cached_file(name, ".".join(filter(None, (stem, variant, extension))), **where)
         except OSError:
             continue
-        return [file] if ".index." not in file_name else get_checkpoint_shard_files(name, file, **where)[0]
+        if ".index." not in file_name:
+            return [file]
+        _check_index(file)
+        return get_checkpoint_shard_files(name, file, **where)[0]
     return []
 
 
@@ -279,6 +296,7 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
     source = locate_vision_tower(config.vision_tower, folder)
     logger.warning(f"The checkpoint `{folder}` has no vision tower of its own; taking it from `{source}`.")
     with _damage_named(source, source):
+        checkpoint_files(source)  # for what it says of an index
         options = {"output_loading_info": True, "trust_remote_code": False}
         tower, info = AutoModel.from_pretrained(source, config=config.vision_config, **options)
     if info["missing_keys"]:
@@ -360,6 +378,20 @@ def check_weights(
     return found.keys() - expected.keys()
 
 
+def _finish_save(name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    """Complete a save that was interrupted. A `config` that was read from the folder already is read again."""
+    folder = os.path.join(name, kwargs.get("subfolder") or "")
+    if not has_unfinished_save(folder):
+        return
+    config, earlier = kwargs.get("config"), None
+    if isinstance(config, PreTrainedConfig) and config.name_or_path == str(name):
+        earlier = type(config).from_pretrained(folder).to_dict()
+    finish_save(folder)
+    if earlier is not None:
+        overrides = {key: value for key, value in config.to_dict().items() if value != earlier.get(key)}
+        kwargs["config"] = type(config).from_pretrained(folder, **overrides)
+
+
 class PublishedPreTrainedModel(PreTrainedModel):
     """A model whose `from_pretrained` reads native and published checkpoints, and leaves no weight to chance."""
 
@@ -377,6 +409,9 @@ class PublishedPreTrainedModel(PreTrainedModel):
             OSError: if there are no weights, or a file of them is damaged.
         """
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        for folder in (name, (kwargs.get("adapter_kwargs") or {}).get(ADAPTER_PATH)):
+            if folder is not None:
+                _finish_save(folder, kwargs)
         config, requested = kwargs.get("config"), kwargs.pop("quantization_config", None)
         if not isinstance(config, PreTrainedConfig) and (name or config) is not None:
             overrides = {key: value for key, value in kwargs.items() if key not in ("config", "dtype", "torch_dtype")}
@@ -452,6 +487,34 @@ class PublishedPreTrainedModel(PreTrainedModel):
         is_quantized_now = quantization is not None and not marks
         is_read = not files[0].endswith(".safetensors")
         return tensors if lacks_tower or is_quantized_now or is_read else {}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        *args,
+        **kwargs,
+    ) -> None:
+        """
+        As [`~PreTrainedModel.save_pretrained`], but a process that is killed leaves either all of the earlier state or all
+        of the new one, which [`from_pretrained`] then puts in its place. Weights are there twice meanwhile. With
+        `push_to_hub` or `distributed_checkpoint` files are overwritten one by one.
+
+        Raises:
+            OSError: naming the folder, if the disk is full or the folder may not be written to.
+        """
+        save, options = super().save_pretrained, (state_dict, push_to_hub, *args)
+        is_distributed = kwargs.get("distributed_checkpoint") or any(args[5:])
+        if os.path.isdir(save_directory) and is_main_process:
+            finish_save(save_directory)
+        if push_to_hub or is_distributed or not is_main_process or os.path.isfile(save_directory):
+            save(save_directory, is_main_process, *options, **kwargs)
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        with all_or_nothing(Path(save_directory)) as folder:
+            save(folder, is_main_process, *options, **kwargs)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""

@@ -20,9 +20,9 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors, restored_on_error
-from .checkpoint_longllava import atomic_write
 from .compat_longllava import execution_device
 from .configuration_longllava import LongLLaVATextConfig
+from .files_longllava import atomic_write
 from .identity_longllava import hash_tensor, model_fingerprint, processor_fingerprint
 
 

@@ -24,7 +24,16 @@ from transformers.image_utils import ChannelDimension, SizeDict, validate_prepro
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .sources_longllava import LIMITS, check_memory, check_not_empty, check_size, describe_source, read_source
+from .sources_longllava import (
+    LIMITS,
+    check_memory,
+    check_not_empty,
+    check_size,
+    describe_source,
+    read_source,
+    to_rgb,
+    to_uint8,
+)
 from .video_longllava import Frames, VideoFile
 
 
@@ -107,38 +116,6 @@ def _bytes_needed(picture: Image.Image | np.ndarray, is_decoded: bool) -> int:
     return (0 if is_decoded else picture.width * picture.height * a_pixel) + 128 * max(picture.size)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """In 8 bits a channel, to which Pillow's own conversion would clip deeper ones."""
-    if image.mode == "F":
-        values = np.asarray(image)
-        image = Image.fromarray(_to_uint8(values, "its pixels")[0])
-    elif image.mode.startswith("I"):
-        values = np.asarray(image)
-        # Of 16 bits where the file or a value says so; otherwise the mode is that of any integers.
-        if image.mode != "I" or image.format == "PNG" or values.max() > 255:
-            values = values.clip(0, 65535) // 257
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
-    """An array of any dtype with values in 0..255, and whether they were given in 0..1."""
-    kind = picture.dtype.kind
-    if kind == "b":
-        return picture.astype(np.uint8) * 255, False
-    if picture.dtype == np.uint16:
-        return (picture // 257).astype(np.uint8), False
-    if picture.dtype == np.uint8:
-        return picture, False
-    if kind not in "iuf":
-        raise ValueError(f"{name} must hold numbers, but its dtype is {picture.dtype}.")
-    low, high = picture.min(), picture.max()
-    if not (low >= 0 and high <= 255):  # nor NaN
-        raise ValueError(f"{name} must hold values in 0..255 or 0..1, but has {low} to {high}.")
-    is_unit = kind == "f" and high <= 1
-    return np.rint(picture * 255.0 if is_unit else picture).astype(np.uint8), is_unit
-
-
 def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
     """The picture in a file, its header read and its pixels not."""
     try:
@@ -216,7 +193,7 @@ def _decode(picture: Image.Image | np.ndarray, name: str) -> Image.Image | np.nd
     if isinstance(picture, np.ndarray):
         return picture
     with _damage_named(name):
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
@@ -481,7 +458,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             raise ValueError(f"{name} must have 1, 3 or 4 channels, but its shape is {picture.shape}.")
         if picture.shape[0] != 3 and settings["do_convert_rgb"]:
             picture = np.repeat(picture, 3, axis=0) if picture.shape[0] == 1 else picture[:3]
-        return _to_uint8(picture, name)
+        return to_uint8(picture, name)
 
     def best_grid(self, height: int, width: int, tile: int, pinpoints: list | None = None) -> tuple[int, int]:
         """Rows and columns of `tile`-sized sub-images that lose the least of a picture and waste the least of a grid."""

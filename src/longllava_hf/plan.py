@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from .cache_longllava import LongLLaVACache, PreallocatedLayer, layer_tensors
-from .checkpoint_longllava import atomic_write
 from .compat_longllava import TorchDispatchMode
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .files_longllava import atomic_write
 from .generation_longllava import default_chunk_size
 from .grouped_linear_longllava import planned_device
 from .int8_longllava import BITS, bits_of, convertible_layers, replace_linear_layers, stored_quantization, weight_bytes

@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where pictures and films come from, paths, URLs, text or bytes, and how much of it is taken."""
+"""What pictures and films come as, paths, URLs, text, bytes or numbers, and how much of it is taken."""
 
 import base64
 import contextlib
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 
@@ -240,7 +241,39 @@ def check_memory(needed: int, name: str) -> None:
         )
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """In 8 bits a channel, to which Pillow's own conversion would clip deeper ones."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        image = Image.fromarray(to_uint8(values, "its pixels")[0])
+    elif image.mode.startswith("I"):
+        values = np.asarray(image)
+        # Of 16 bits where the file or a value says so; otherwise the mode is that of any integers.
+        if image.mode != "I" or image.format == "PNG" or values.max() > 255:
+            values = values.clip(0, 65535) // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
+    """An array of any dtype with values in 0..255, and whether they were given in 0..1."""
+    kind = picture.dtype.kind
+    if kind == "b":
+        return picture.astype(np.uint8) * 255, False
+    if picture.dtype == np.uint16:
+        return (picture // 257).astype(np.uint8), False
+    if picture.dtype == np.uint8:
+        return picture, False
+    if kind not in "iuf":
+        raise ValueError(f"{name} must hold numbers, but its dtype is {picture.dtype}.")
+    low, high = picture.min(), picture.max()
+    if not (low >= 0 and high <= 255):  # nor NaN
+        raise ValueError(f"{name} must hold values in 0..255 or 0..1, but has {low} to {high}.")
+    is_unit = kind == "f" and high <= 1
+    return np.rint(picture * 255.0 if is_unit else picture).astype(np.uint8), is_unit
+
+
 __all__ = [
     "LIMITS", "InputLimits", "check_memory", "check_not_empty", "check_size", "describe_source", "download", "is_public",
-    "read_source",
+    "read_source", "to_rgb", "to_uint8",
 ]  # fmt: skip

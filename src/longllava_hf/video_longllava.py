@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .sources_longllava import check_not_empty, check_size, describe_source, read_source
+from .sources_longllava import check_not_empty, check_size, describe_source, read_source, to_rgb
 
 
 # What FFmpeg may take a file for: containers and streams of films that hold what they show. Playlists and scripts, which
@@ -328,12 +328,6 @@ def _is_cover(stream) -> bool:
     return stream.codec_context is not None and stream.codec_context.name in _COVERS and not stream.average_rate
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
-
-
 class AnimationFile(VideoFile):
     """
     The sampled frames of an animated picture (GIF, APNG, WebP, AVIF), decoded with Pillow, one at a time. It needs no
@@ -389,7 +383,7 @@ class AnimationFile(VideoFile):
         with self._animation() as image:
             for index in self.indices:
                 self._show(image, self._marks[index])
-                yield _to_rgb(ImageOps.exif_transpose(image))
+                yield to_rgb(ImageOps.exif_transpose(image))
 
 
 class Frames(Sequence):
