@@ -552,8 +552,8 @@ def check_text(text: str, name: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for name, value in vars(arguments).items():
-        if isinstance(value, str) and name not in ("keep", "path", "plot"):
+    for name in ("model", "device", "source", "destination"):
+        if isinstance(value := getattr(arguments, name, None), str):
             check_text(value, f"The argument `{name}`")
     if arguments.function is ask:
         check_text(arguments.inputs[-1], "The question")

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import accumulate, chain
 from threading import Condition, Semaphore
 from typing import Any, Literal
@@ -632,7 +633,7 @@ def _check_values(settings: dict[str, Any]) -> None:
     if settings["do_rescale"] and not is_number(settings["rescale_factor"]):
         refuse("rescale_factor", "a number")
     for name in ("size", "crop_size"):
-        given = {key: value for key, value in vars(settings[name] or SizeDict()).items() if value is not None}
+        given = {key: value for key, value in asdict(settings[name] or SizeDict()).items() if value is not None}
         if not all(isinstance(value, int) and 1 <= value <= _MAX_SIDE for value in given.values()):
             refuse(name, f"of whole numbers from 1 to {_MAX_SIDE}")
     resample = settings["resample"]
