@@ -9,7 +9,7 @@ from matplotlib.patches import FancyBboxPatch
 
 # Title, file, and what is handed on.
 PICTURE = [
-    ("a file, URL or bytes", "load_picture, VideoFile", "image_processing", "RGB"),
+    ("a file, URL or bytes", "load_picture, VideoFile", "image_processing, video", "RGB"),
     ("padded to a square, resized", "LongLLaVAImageProcessor", "image_processing", "pixel_values (images, 3, 336, 336)"),
     ("vision tower", "CLIP ViT-L/14", "transformers", "(images, 576, 1024)"),
     ("pooled to a quarter, projected", "LongLLaVAModel.get_image_features", "modeling_longllava", "(images, 144, 4096)"),
