@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -191,7 +192,15 @@ class Chat:
 
     def __init__(self, *arguments):
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": OFFLINE}
-        self.process = subprocess.Popen([*LONGLLAVA, "chat", *arguments], **options, start_new_session=True)
+
+        def listen() -> None:  # whatever started the tests may have signals ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        self.process = subprocess.Popen(
+            [*LONGLLAVA, "chat", *arguments], **options, start_new_session=True, preexec_fn=listen
+        )
+        self.watch = threading.Timer(120, self.process.kill)
+        self.watch.start()
 
     def say(self, line: str) -> None:
         self.process.stdin.write(line.encode() + b"\n")
@@ -221,6 +230,7 @@ def test_ctrl_c_twice_ends_a_chat():
         assert chat.read() == "interrupted\n"
         assert chat.process.wait(timeout=20) == 130
     finally:
+        chat.watch.cancel()
         chat.process.kill()
 
 
