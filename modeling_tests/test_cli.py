@@ -192,13 +192,11 @@ class Chat:
 
     def __init__(self, *arguments):
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": OFFLINE}
-
-        def listen() -> None:  # whatever started the tests may have signals ignored
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-        self.process = subprocess.Popen(
-            [*LONGLLAVA, "chat", *arguments], **options, start_new_session=True, preexec_fn=listen
-        )
+        # Whatever started the tests may have signals ignored.
+        script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        script += "; from longllava_hf.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", script, "chat", *arguments]
+        self.process = subprocess.Popen(command, **options, start_new_session=True)
         self.watch = threading.Timer(120, self.process.kill)
         self.watch.start()
 
@@ -266,3 +264,18 @@ def test_no_traceback_of_what_was_not_foreseen(monkeypatch, capsys):
     monkeypatch.setenv("LONGLLAVA_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
         cli.main(["info", TINY])
+
+
+def test_a_line_that_is_no_text_loses_no_other(tmp_path):
+    lines = b"Which digit is this?\n" + b"\xffWhich?\n" + b"Which digit is this?\n"
+    done = run("chat", DIGITS["three"], "--json", input=lines)
+    assert done.returncode == 0 and b"The question must be UTF-8" in done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_an_input_that_cannot_be_read(monkeypatch, capsys):
+    def broken(prompt=""):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.input", broken)
+    assert "Input/output error" in fails(capsys, "chat", DIGITS["three"])

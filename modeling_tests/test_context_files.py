@@ -15,7 +15,13 @@ from transformers import BitsAndBytesConfig
 from longllava_hf import TINY, LongLLaVAContext, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
 from longllava_hf import context_longllava as context_module
 from longllava_hf.context_longllava import context_metadata
-from longllava_hf.identity_longllava import hash_image, hash_tensor, model_fingerprint, processor_fingerprint
+from longllava_hf.identity_longllava import (
+    hash_image,
+    hash_tensor,
+    is_finite,
+    model_fingerprint,
+    processor_fingerprint,
+)
 
 from .conftest import small_config
 from .test_context_longllava import prompt, states
@@ -30,6 +36,14 @@ def kept(small_model, tiny_processor, tmp_path):
 
 
 # Files
+
+
+def test_metadata_is_kept_as_json_has_it(small_model, tmp_path):
+    context = small_model.prefill(**prompt())
+    context.metadata = {10: "ten", 2: ("a", "b")}
+    context.save(tmp_path / "x.ctx", small_model)
+    found = LongLLaVAContext.load(tmp_path / "x.ctx", small_model).metadata
+    assert found == {"10": "ten", "2": ["a", "b"]}
 
 
 def test_two_saves_have_the_same_bytes(small_model, tiny_processor, kept, tmp_path):
@@ -194,6 +208,9 @@ def test_a_hash_tells_every_single_value():
     assert hash_tensor(torch.ones(300_001, dtype=torch.uint8)[1:]) == hash_tensor(
         torch.ones(300_000, dtype=torch.uint8)
     )
+    many = torch.zeros(600_001, dtype=torch.uint8)
+    starts = {(start + many.data_ptr()) % 8: hash_tensor(many[start : start + 590_000]) for start in range(8)}
+    assert len(starts) == 8 and len(set(starts.values())) == 1
     assert len(hash_tensor(torch.tensor(1.0))) == len(hash_tensor(torch.empty(0))) == 64
 
 
@@ -296,6 +313,26 @@ def test_the_same_model_once_more(quantization, tmp_path):
                 raw[0] ^= 1
                 assert model_fingerprint(model) != expected, name
                 raw[0] ^= 1
+
+
+def test_settings_in_another_order_are_the_same(small_model):
+    expected = model_fingerprint(small_model)
+    vision = small_model.config.vision_config
+    vision.id2label = {1: "b", 0: "a"}
+    first = model_fingerprint(small_model)
+    vision.id2label = {0: "a", 1: "b"}
+    assert model_fingerprint(small_model) == first
+    small_model.config.vision_feature_layer = -1
+    assert model_fingerprint(small_model) not in (first, expected)
+
+
+def test_finite_numbers():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        large = torch.full((1 << 21,), torch.finfo(dtype).max, dtype=dtype)
+        assert is_finite(large) and is_finite(-large) and is_finite(large[:0])
+        for value in (float("nan"), float("inf"), -float("inf")):
+            large[-5] = value
+            assert not is_finite(large) and not is_finite(large[None, :, None])
 
 
 def test_offloaded_models_have_the_same_contexts(small_model, tmp_path):

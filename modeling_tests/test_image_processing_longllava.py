@@ -502,14 +502,15 @@ def test_long_pictures_are_those_of_the_square(size, resample):
             assert np.array_equal(processor(source)["pixel_values"][0], expected)
 
 
-def in_a_process(script: str) -> float:
-    """Run Python, and return by how many MB its peak memory grew after the line `begin()`."""
+def in_a_process(script: str, both: bool = False):
+    """Run Python, and return by how many MB its peak memory grew after the line `begin()`; and what it printed last."""
     lines = ["import io, resource, numpy as np", "from PIL import Image", "from longllava_hf import *"]
     lines += ["peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024", "before = [0]"]
     lines += ["def begin(): before[0] = peak()", textwrap.dedent(script), "print(peak() - before[0])"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    grown = float(done.stdout.split()[-1])
+    return (grown, float(done.stdout.split()[-2])) if both else grown
 
 
 def test_memory_follows_width_times_height():
@@ -523,6 +524,36 @@ def test_memory_follows_width_times_height():
             assert processor(buffer.getvalue())["pixel_values"][0].shape == (3, 336, 336)
     """)
     assert grown < 150  # of which most is the largest one, decoded; by the square it was 1,500
+
+
+@pytest.mark.parametrize("case", ["landscape", "portrait", "turned", "tall", "grey", "deep"])
+def test_the_memory_that_is_counted_is_what_is_taken(case):
+    """Within a third, or less than what is counted."""
+    size = {"landscape": (5000, 3000), "portrait": (3000, 5000), "tall": (1500, 10_000)}.get(case, (4000, 3600))
+    taken, counted = in_a_process(
+        f"""
+        from longllava_hf.image_processing_longllava import _bytes_needed
+        processor, exif, size = LongLLaVAImageProcessor(), Image.Exif(), {size}
+        if {case == "turned"}:
+            exif[0x0112] = 6
+        values = np.random.default_rng(0).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
+        image = Image.fromarray(values.astype(np.uint16) * 257 if {case == "deep"} else values)
+        image = image if {case in ("grey", "deep")} else image.convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", exif=exif, compress_level=1)
+        data = buffer.getvalue()
+        del image, values, buffer
+        processor(Image.new("RGB", (300, 300)))
+        counted = _bytes_needed(Image.open(io.BytesIO(data)), False, "x") / 2**20
+        open("/proc/self/clear_refs", "w").write("5")
+        peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+        begin()
+        processor(data)
+        print(counted)
+    """,
+        both=True,
+    )
+    assert taken < 1.34 * counted + 10
 
 
 def test_threads_share_the_memory(monkeypatch):
@@ -685,6 +716,20 @@ def test_lazy_pixels_are_as_a_tensor(processor, film, tmp_path):
     assert lazy.to("meta").device.type == "meta" and lazy.to("cpu", non_blocking=True).device.type == "cpu"
     again = pickle.loads(pickle.dumps(half.skip(1)))
     assert again.dtype == torch.bfloat16 and torch.equal(again.load(), half.load()[3:])
+
+
+def test_one_frame_of_a_film_is_decoded_alone(processor, film, monkeypatch):
+    lazy = processor(VideoFile(film(30)), lazy=True)["pixel_values"]
+    made = []
+    tiles_of = LongLLaVAImageProcessor.tiles_of
+    monkeypatch.setattr(LongLLaVAImageProcessor, "tiles_of", lambda *args: made.append(args[1]) or tiles_of(*args))
+    assert torch.equal(lazy[17], lazy.load()[17]) and len(made) == 31
+
+
+def test_frames_count_too(film, monkeypatch):
+    monkeypatch.setattr(LIMITS, "max_memory", 8 * 64 * 48 - 1)
+    with pytest.raises(ValueError, match=r"The video \(.*film\.mp4`\) is too large: decoding and resizing it takes"):
+        VideoFile(film(3))
 
 
 def test_lazy_pixels_pass_through_the_workers_of_a_data_loader(processor, tmp_path):

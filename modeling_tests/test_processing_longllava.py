@@ -338,12 +338,22 @@ def test_the_name_of_a_file_is_not_read(processor, tmp_path):
     assert all(row == ids[0] for row in ids)
 
 
-@pytest.mark.parametrize("key", ["url", "image"])
-def test_a_url_of_a_message_is_no_local_file(processor, tmp_path, key):
+def test_a_url_of_a_message_is_no_local_file(processor, tmp_path):
     PICTURE.save(tmp_path / "x.png")
-    block = {"type": "image", key: (tmp_path / "x.png").as_uri()}
-    with pytest.raises(ValueError, match="block 0, has the URL of a local file"):
-        apply(processor, [{"role": "user", "content": [block, text("What?")]}])
+    url = (tmp_path / "x.png").as_uri()
+    blocks = [{"type": "image", key: url} for key in ("url", "image", "base64")]
+    blocks += [
+        {"type": "video", "video": [url, url]},
+        {"type": "video", "video": [{"url": url}]},
+        {"type": "video", "url": url},
+    ]
+    blocks += [
+        {"type": "image", "image": url.replace("file:", "FILE:")},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    for block in blocks:
+        with pytest.raises(ValueError, match="block 0, has the URL of a local file"):
+            apply(processor, [{"role": "user", "content": [block, text("What?")]}])
 
 
 def test_pictures_of_one_prompt_do_not_go_to_another(processor):

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import io
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -176,6 +177,24 @@ def test_the_time_is_that_of_the_whole(limits, where):
 
     started = time.monotonic()
     with serve(trickle) as (url, _), pytest.raises(OSError, match="more than 1 seconds"):
+        download(url)
+    assert time.monotonic() - started < 3
+
+
+def test_a_connection_that_comes_late_is_cut_too(limits, monkeypatch):
+    """Looking up a name takes what it takes; a server that trickles must not profit from it."""
+    limits(timeout=0.5)
+    find = socket.getaddrinfo
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: (time.sleep(0.8), find(*args, **kwargs))[1])
+
+    def trickle(handler):
+        send(handler, Content_Length="1000000")
+        for _ in range(100):
+            handler.wfile.write(b"x")
+            time.sleep(0.1)
+
+    started = time.monotonic()
+    with serve(trickle) as (url, _), pytest.raises(OSError, match=r"more than 0\.5 seconds"):
         download(url)
     assert time.monotonic() - started < 3
 

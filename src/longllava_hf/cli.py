@@ -33,13 +33,11 @@ from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
 from .processing_longllava import DEFAULT_NUM_FRAMES
 from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
-from .sources_longllava import LIMITS, read_source
+from .sources_longllava import LIMITS, NotAPictureError, NotAVideoError, read_source
 from .verify import verify as verify_path
-from .video_longllava import AnimationFile, VideoFile
+from .video_longllava import ANIMATIONS, AnimationFile, VideoFile
 
 
-# Pictures that move; the pages of others are pictures of their own.
-_ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")
 # To ask the Hub whether it has a model.
 _HUB_SECONDS = 10
 
@@ -75,20 +73,18 @@ def open_visual(path: str, num_frames: int | None = None, fps: float | None = No
     try:
         with open_picture(content, name) as image:
             kind, pages = image.format, getattr(image, "n_frames", 1)
-    except ValueError as not_a_picture:
-        if "is not a picture" not in str(not_a_picture):
-            raise
+    except NotAPictureError as not_a_picture:
         try:
             return Visual(path, "video", VideoFile(content, num_frames=num_frames, fps=fps, name=name))
-        except ValueError as not_a_video:
-            if "not a video" not in str(not_a_video):
-                raise
+        except NotAVideoError as not_a_video:
             raise ValueError(
                 f"{name} is neither a picture nor a video. As a picture: {not_a_picture} As a video: {not_a_video}"
             ) from None
+    except (OSError, ValueError):
+        raise
     except Exception as error:
         raise ValueError(f"{name} is damaged or truncated: {error}") from error
-    if pages > 1 and kind in _ANIMATIONS:
+    if pages > 1 and kind in ANIMATIONS:
         return Visual(path, "video", AnimationFile(content, num_frames=num_frames, fps=fps, name=name))
     if pages > 1 and kind == "TIFF":
         print(f"{name} has {pages} pages, of which the first is read.", file=sys.stderr)
@@ -302,13 +298,19 @@ def chat(arguments: argparse.Namespace) -> None:
             "Ask away. `/show FILE` adds a picture or a video to the next question; Ctrl-C ends an answer; `/quit`, Ctrl-D"
             " or a second Ctrl-C ends the conversation."
         )
-    was_interrupted = False
+    interruptions = 0
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-            if line == "/quit":
-                return
-            was_interrupted = False
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            interruptions = _count_interruption(interruptions)
+            continue
+        if line == "/quit":
+            return
+        interruptions = 0
+        try:
             if line.startswith("/show "):
                 waiting.append(open_visual(line.removeprefix("/show ").strip(), arguments.num_frames, arguments.fps))
             elif line:
@@ -317,19 +319,21 @@ def chat(arguments: argparse.Namespace) -> None:
                 waiting = []
                 if arguments.json:
                     print(json.dumps(result), flush=True)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            # The conversation is as it was before the question.
-            if was_interrupted:
-                raise
-            was_interrupted = True
-            print("\n(Ctrl-C once more ends the conversation.)", file=sys.stderr)
+        except KeyboardInterrupt:  # the conversation is as it was before the question
+            interruptions = _count_interruption(interruptions)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
             waiting = []
             print(f"error: {error} (Files that were waiting for the question are dropped.)", file=sys.stderr)
+
+
+def _count_interruption(before: int) -> int:
+    """Raises `KeyboardInterrupt` at the second one."""
+    if before:
+        raise KeyboardInterrupt
+    print("\n(Ctrl-C once more ends the conversation.)", file=sys.stderr)
+    return before + 1
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -567,6 +571,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     arguments = build_parser().parse_args(argv)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

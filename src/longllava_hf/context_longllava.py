@@ -7,7 +7,6 @@ once and asked about many times.
 import copy
 import hashlib
 import json
-import math
 import os
 import struct
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors,
 from .compat_longllava import execution_device
 from .configuration_longllava import LongLLaVATextConfig
 from .files_longllava import atomic_write
-from .identity_longllava import hash_tensor, model_fingerprint, processor_fingerprint
+from .identity_longllava import hash_tensor, is_finite, model_fingerprint, processor_fingerprint
 
 
 # What a file of a context calls itself. All that it says of itself stands under one name, as safetensors writes several in
@@ -285,7 +284,7 @@ class LongLLaVAContext:
             "processor": "" if processor is None else processor_fingerprint(processor),
             "inputs": self.inputs_digest,
             "image_hashes": self.image_hashes,
-            "metadata": self.metadata,
+            "metadata": json.loads(json.dumps(self.metadata)),  # as it will be read
         }
         facts["checksum"] = _checksum(facts, tensors)
         # The same context makes the same bytes.
@@ -389,8 +388,7 @@ def _problem(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str | N
             continue
         if not tensor.is_floating_point() or tensor.ndim < 2 or len(tensor) != len(ids):
             return f"`{name}` is {tensor.dtype} of shape {tuple(tensor.shape)}, where {len(ids)} rows of floats belong"
-        # A sum needs no memory of its own, and is finite if all is.
-        if not math.isfinite(tensor.sum(dtype=torch.float32)):
+        if not is_finite(tensor):
             return f"`{name}` is not finite"
     if _checksum(facts, tensors) != facts["checksum"]:
         return "its checksum is another"
@@ -445,7 +443,7 @@ def _fill_layer(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 def context_metadata(file: str | os.PathLike) -> dict[str, Any] | None:
     """
-    What a kept context says of itself, unchecked but for its version; `None` for any other file.
+    What a kept context says of itself, which [`read_context`] compares with its content; `None` for any other file.
 
     Raises:
         OSError: if it does not exist, or is a safetensors file that is damaged within its header.

@@ -214,7 +214,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
                 raise OSError(f"Shards are not what was written: {', '.join(damaged)}. Convert again to replace them.")
             os.replace(partial, target)
             sync(target.parent)
-        (target / _PROGRESS_FILE).unlink()
+        (target / _PROGRESS_FILE).unlink(missing_ok=True)
         sync(target)
     return target
 

@@ -153,7 +153,10 @@ def write_errors(target: str | os.PathLike) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         found = re.search(r"os error (\d+)", str(error))  # as safetensors says it
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        if number is None:
+        filename = getattr(error, "filename", None)
+        beside = os.path.dirname(os.path.abspath(target))
+        is_of_another = filename is not None and not os.path.abspath(os.fsdecode(filename)).startswith(beside)
+        if number is None or is_of_another:
             raise
         raise OSError(number, f"Could not write, {os.strerror(number)}", os.fspath(target)) from error
 
@@ -240,8 +243,8 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         `Path`: a folder to write them to. Afterwards they replace those of the same names, and weights that they are a
         later state of; other files are left alone.
     """
+    finish_save(target)
     with write_errors(target), temporary_folder(target, "save") as folder:
-        finish_save(target)
         yield folder
         if not (names := sorted(os.listdir(folder))):
             return  # such as on all processes but one

@@ -5,6 +5,7 @@ when a model is moved, offloaded or loaded again.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,7 @@ _SIDE = 256
 _SQUARE_BYTES = 8 * _SIDE * _SIDE
 # Squares that are summed at a time.
 _PART = 128
+_FINITE_PART = 1 << 20
 
 
 @torch.no_grad()
@@ -51,11 +53,20 @@ def hash_tensor(tensor: torch.Tensor) -> str:
     whole = len(data) - len(data) % _SQUARE_BYTES
     if whole:
         words = data[:whole]
-        words = words.clone() if words.data_ptr() % 8 else words
+        words = words.clone() if words.data_ptr() % 8 or words.storage_offset() % 8 else words
         for squares in words.view(torch.int64).view(-1, _SIDE, _SIDE).split(_PART):
             digest.update(torch.cat([squares.sum(1), squares.sum(2)], dim=1).cpu().numpy().tobytes())
     digest.update(data[whole:].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floats has neither NaN nor infinite values, without another one of its size."""
+    parts = tensor.detach().reshape(-1).split(_FINITE_PART)
+    dtype = torch.float64 if tensor.device.type == "cpu" else torch.float32
+    # The sum of what is finite is finite, unless it overflows.
+    sums = torch.stack([part.sum(dtype=dtype) for part in parts]) if parts else torch.zeros(0)
+    return bool(sums.isfinite().all()) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def hash_image(pixel_values: torch.Tensor) -> str:
@@ -118,8 +129,8 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _settings(config: Any) -> dict[str, Any]:
     """What a configuration's own class adds to those of all models, without what does not change results."""
     classes = [c for c in type(config).__mro__ if issubclass(c, PreTrainedConfig) and c is not PreTrainedConfig]
-    names = sorted({name for c in classes for name in vars(c).get("__annotations__", {})} - _RUNTIME_SETTINGS)
-    return {name: repr(getattr(config, name, None)) for name in names}
+    names = sorted({name for c in classes for name in inspect.get_annotations(c)} - _RUNTIME_SETTINGS)
+    return {name: getattr(config, name, None) for name in names}
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -135,7 +146,7 @@ def model_fingerprint(model: nn.Module) -> str:
         if (identity := _identify(name, adapted)) is not None:
             hashes.append((identity, hash_tensor(tensor)))
     described = [[_settings(part) for part in parts if part is not None], sorted(hashes)]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def processor_fingerprint(processor: Any) -> str:
@@ -153,4 +164,4 @@ def processor_fingerprint(processor: Any) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-__all__ = ["hash_image", "hash_tensor", "model_fingerprint", "processor_fingerprint"]
+__all__ = ["hash_image", "hash_tensor", "is_finite", "model_fingerprint", "processor_fingerprint"]

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .sources_longllava import (
     LIMITS,
+    NotAPictureError,
     check_memory,
     check_not_empty,
     check_size,
@@ -44,28 +45,11 @@ DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in
 _WORKERS = max(1, min(8, os.cpu_count() or 1))
 
 # What is read as a picture. EPS is not among them, as Pillow hands it to a program of its own.
-_PICTURE_FORMATS = [
-    *(
-        "AVIF",
-        "BLP",
-        "BMP",
-        "CUR",
-        "DCX",
-        "DDS",
-        "DIB",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "GIF",
-        "ICNS",
-        "ICO",
-        "IM",
-        "IMT",
-        "IPTC",
-    ),
-    *("JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER"),
-    *("SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
-]
+_PICTURE_FORMATS = (
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM", "IMT", "IPTC",
+    "JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN",
+    "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
+)  # fmt: skip
 
 # Support and weights of Pillow's filters, as `Image.resize` applies them.
 _FILTERS: dict[int, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
@@ -104,17 +88,33 @@ class _Memory:
 
 
 _MEMORY = _Memory()
+if hasattr(os, "register_at_fork"):  # where no thread of the parent's will ever give back what it has
+    os.register_at_fork(after_in_child=_MEMORY.__init__)  # type: ignore[misc]
 
 
-def _bytes_needed(picture: Image.Image | np.ndarray, is_decoded: bool) -> int:
-    """What it takes to decode a picture and to resize it: its pixels, those in RGB, and the filter's weights."""
+def _bytes_needed(picture: Image.Image | np.ndarray, is_decoded: bool, name: str) -> int:
+    """What it takes to decode a picture, to turn it, to have it in RGB and to resize it, and the filter's weights."""
     if isinstance(picture, np.ndarray):
-        return 128 * max(picture.shape)
-    if picture.mode.startswith(("I", "F")):
-        a_pixel = 16
+        height, width = picture.shape[:2] if _is_channels_last(picture) else picture.shape[1:]
+        a_pixel, is_turned = 8, False
     else:
-        a_pixel = (4 if len(picture.getbands()) > 1 else 1) + (0 if picture.mode == "RGB" else 4)
-    return (0 if is_decoded else picture.width * picture.height * a_pixel) + 128 * max(picture.size)
+        (width, height) = picture.size
+        # A PNG is decoded to look for what it does not say in front.
+        with _damage_named(name):
+            is_turned = (picture.format != "PNG" or "exif" in picture.info) and _is_turned(picture)
+        stored = 4 if len(picture.getbands()) > 1 or picture.mode[:1] in "IF" else 1
+        a_pixel = (0 if is_decoded else stored) + (stored if is_turned else 0)
+        a_pixel += {"I": 16, "F": 24}.get(picture.mode[:1], 0 if picture.mode == "RGB" else 4)
+        if is_turned:
+            height, width = max(picture.size), min(picture.size)
+    if height > 2 * width:
+        a_pixel += 6  # as an array
+    square = 4 * height * height if width < height <= 2 * width else 0
+    return width * height * a_pixel + square + 128 * max(width, height)
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    return picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Image.Image:
@@ -133,7 +133,9 @@ def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Im
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(error.errno, f"{name} cannot be read: {error.strerror}") from error
-        raise ValueError(f"{name} is not a picture in a format that Pillow {Image.__version__} knows.") from error
+        raise NotAPictureError(
+            f"{name} is not a picture in a format that Pillow {Image.__version__} knows."
+        ) from error
     check_size(*image.size, name)
     return image
 
@@ -194,7 +196,9 @@ def _decode(picture: Image.Image | np.ndarray, name: str) -> Image.Image | np.nd
     if isinstance(picture, np.ndarray):
         return picture
     with _damage_named(name):
-        return to_rgb(ImageOps.exif_transpose(picture))
+        picture.load()
+        # Which copies a picture even where there is nothing to turn.
+        return to_rgb(ImageOps.exif_transpose(picture) if _is_turned(picture) else picture)
 
 
 def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
@@ -213,7 +217,7 @@ def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarr
     """
     name = name or f"The picture ({describe_source(source)})"
     picture = _open(source, name)
-    with _MEMORY.reserve(_bytes_needed(picture, picture is source), name):
+    with _MEMORY.reserve(_bytes_needed(picture, picture is source, name), name):
         return _decode(picture, name)
 
 
@@ -358,12 +362,18 @@ class LazyPixelValues:
         begin, end, step = index.indices(len(self))
         if step != 1:
             return self.load()[index]
-        ends = list(accumulate(self._counts))
-        low, high = bisect_right(ends, begin), bisect_right(ends, end - 1) + 1
         if begin >= end:
             return self._like.new_empty(0, *self.shape[1:])
-        offset = begin - (ends[low] - self._counts[low])
-        return self._select(slice(low, high)).load()[offset : offset + end - begin]
+        ends = list(accumulate(self._counts))
+        low, high = bisect_right(ends, begin), bisect_right(ends, end - 1) + 1
+        part, offset = self._select(slice(low, high)), begin - (ends[low] - self._counts[low])
+        if len(part._items) == 1 and isinstance(film := part._items[0][0], VideoFile):
+            film, count = copy.copy(film), end - begin  # of which only some frames are decoded
+            film.indices = film.indices[offset : offset + count]
+            shape: Any = tuple(self.shape[1:])
+            part = LazyPixelValues([(film, True)], self._processor, self._settings, [count], shape, like=self._like)
+            offset = 0
+        return part.load()[offset : offset + end - begin]
 
     def split(self, size: int) -> Iterator[torch.Tensor]:
         """Tensors `(size, 3, height, width)`, the last one maybe smaller. The next is made meanwhile."""
@@ -407,7 +417,7 @@ class LazyPixelValues:
 
     def load(self) -> torch.Tensor:
         """All of them, `(tiles, 3, height, width)`."""
-        return torch.cat(list(self.split(len(self)))) if len(self) else self._like.new_empty(self.shape)
+        return next(self.split(len(self))) if len(self) else self._like.new_empty(self.shape)
 
 
 class LongLLaVAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -495,10 +505,12 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             columns, where = _resize_padded(np.asarray(picture).transpose(1, 0, 2), height, side, resample, background)
             narrow = Image.fromarray(np.ascontiguousarray(columns.transpose(1, 0, 2)))
             return np.asarray(narrow.resize((len(columns), side), resample))[:, where].transpose(2, 0, 1)
-        if width != height:
-            edge = max(width, height)
-            inner, picture = picture, Image.new("RGB", (edge, edge), background)
-            picture.paste(inner, ((edge - width) // 2, (edge - height) // 2))
+        if width > height:
+            scaled, picture = picture.resize((side, height), resample), Image.new("RGB", (side, width), background)
+            picture.paste(scaled, (0, (width - height) // 2))
+        elif width < height:
+            narrow, picture = picture, Image.new("RGB", (height, height), background)
+            picture.paste(narrow, ((height - width) // 2, 0))
         return np.asarray(picture.resize((side, side), resample)).transpose(2, 0, 1)
 
     def tiles_of(
@@ -507,7 +519,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
         """A picture, then its sub-images, as the tower takes them; and the sub-images' rows and columns."""
         name = f"Image {number} ({describe_source(source)})"
         picture = _open(source, name)
-        with _MEMORY.reserve(_bytes_needed(picture, picture is source), name):
+        with _MEMORY.reserve(_bytes_needed(picture, picture is source, name), name):
             return self._tiles(_decode(picture, name), name, whole_only, settings)
 
     def _tiles(

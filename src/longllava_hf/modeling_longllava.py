@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, image_batches
+from .identity_longllava import is_finite
 from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import (
     LongLLaVATextModel,
@@ -73,11 +74,11 @@ def check_finite(pixel_values: torch.Tensor) -> None:
     """Raises `ValueError` for pictures with NaN or infinite values, unless the model is being compiled or planned."""
     if pixel_values.is_meta or torch.compiler.is_compiling():
         return
-    # A sum needs no memory of its own, and is finite if all is.
-    if not math.isfinite(pixel_values.detach().sum(dtype=torch.float32)):
-        sums = pixel_values.detach().flatten(1).sum(1, dtype=torch.float32)
-        wrong = (~sums.isfinite()).nonzero()[:, 0].tolist()
-        raise ValueError(f"`pixel_values` must be finite, but those of images {wrong} (of {len(sums)}) are not.")
+    if not is_finite(pixel_values):
+        wrong = [i for i, image in enumerate(pixel_values) if not is_finite(image)]
+        raise ValueError(
+            f"`pixel_values` must be finite, but those of images {wrong} (of {len(pixel_values)}) are not."
+        )
 
 
 def pool_patches(patches: torch.Tensor, mode: str) -> torch.Tensor:

@@ -381,10 +381,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             raise ValueError(f"{name} has the type {kind!r}, but it must be one of ['text', 'image', 'video'].")
         elif role != "user":
             raise ValueError(f"{name} has type `{kind}`, but only the user can show something.")
-        places = [block.get(key) for key in ("url", "image_url", "video_url", kind)]
-        for place in (place.get("url") if isinstance(place, dict) else place for place in places):
-            if kind != "text" and isinstance(place, str) and place.startswith("file:"):
-                raise ValueError(f"{name} has the URL of a local file, {place!r}; give a file by its `path`.")
+        if kind != "text" and (place := _local_url([value for key, value in block.items() if key != "path"])):
+            raise ValueError(f"{name} has the URL of a local file, {place!r}; give a file by its `path`.")
         if kind == "video":
             # A list in one block is one video, its frames given as pictures of any kind.
             keys = [key for key in ("video", "url", "path") if isinstance(block.get(key), (list, tuple))]
@@ -406,6 +404,13 @@ class LongLLaVAProcessor(ProcessorMixin):
                 " text: control tokens are for the chat template. Write them in another way, or give the whole prompt to"
                 " the processor yourself."
             )
+
+
+def _local_url(value: Any) -> str | None:
+    """The first URL of a local file, at any depth."""
+    if isinstance(value, (list, tuple, dict)):
+        return next(filter(None, map(_local_url, value.values() if isinstance(value, dict) else value)), None)
+    return value if isinstance(value, str) and value[:5].lower() == "file:" else None
 
 
 def _as_dict(item: Any) -> Any:

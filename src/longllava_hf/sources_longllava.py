@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -70,7 +71,12 @@ class _Connections:
 
     def __init__(self):
         self.sockets: list[socket.socket] = []
-        self.is_over = False
+        self.ends, self.is_over, self._lock = time.monotonic() + LIMITS.timeout, False, threading.Lock()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(self.ends - time.monotonic(), 1e-3)
 
     def admit(self, connection: Any) -> None:
         """Keep a connection in mind; raises `OSError` where it must not lead, before anything is sent."""
@@ -81,14 +87,19 @@ class _Connections:
                 f"`{connection.host}` has the address {address}, which is not a public one. To allow such, set"
                 " `longllava_hf.LIMITS.allow_private_addresses = True`."
             )
-        # A handle of its own, as nothing else may be done with one that another thread reads from.
-        self.sockets.append(socket.socket(fileno=os.dup(connection.sock.fileno())))
+        with self._lock:
+            if self.is_over:
+                connection.close()
+                raise TimeoutError
+            # A handle of its own, as nothing else may be done with one that another thread reads from.
+            self.sockets.append(connection.sock.dup())
 
     def cut(self) -> None:
-        self.is_over = True
-        for handle in self.sockets:
-            with contextlib.suppress(OSError):
-                handle.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self.is_over = True
+            for handle in self.sockets:
+                with contextlib.suppress(OSError):
+                    handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for handle in self.sockets:
@@ -100,6 +111,7 @@ def _opener(connections: _Connections) -> urllib.request.OpenerDirector:
 
     class Connection(http.client.HTTPConnection):
         def connect(self):
+            self.timeout = connections.left
             super().connect()
             connections.admit(self)
 
@@ -232,6 +244,14 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
+class NotAPictureError(ValueError):
+    """What was given is not in a format of pictures."""
+
+
+class NotAVideoError(ValueError):
+    """What was given is not in a format of films."""
+
+
 def check_memory(needed: int, name: str) -> None:
     """Raises `ValueError` if something takes more bytes to decode and to resize than there may be at a time."""
     if needed > LIMITS.max_memory:
@@ -274,6 +294,6 @@ def to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
 
 
 __all__ = [
-    "LIMITS", "InputLimits", "check_memory", "check_not_empty", "check_size", "describe_source", "download", "is_public",
+    "LIMITS", "InputLimits", "NotAPictureError", "NotAVideoError", "check_memory", "check_not_empty", "check_size", "describe_source", "download", "is_public",
     "read_source", "to_rgb", "to_uint8",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 """Whether a kept context or a checkpoint is whole, and what is wrong with it if not."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -24,12 +23,18 @@ from .checkpoint_longllava import (
 from .configuration_longllava import LongLLaVAConfig
 from .context_longllava import context_metadata, read_context
 from .files_longllava import hash_file
+from .identity_longllava import is_finite
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .processing_longllava import LongLLaVAProcessor
 
 
 # What the Hub's cache calls a large file: by its SHA-256.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# What quantisers keep beside a weight.
+_BESIDE_A_WEIGHT = re.compile(
+    r"\.(SCB|weight_format|weight_scale|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+)
 
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:
@@ -77,7 +82,8 @@ def _verify_checkpoint(folder: Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = LongLLaVAForConditionalGeneration(config)
     try:
-        report["without a place"] = sorted(check_weights(model, native, folder))
+        unexpected = check_weights(model, native, folder)
+        report["without a place"] = sorted(name for name in unexpected if not _BESIDE_A_WEIGHT.search(name))
         if not has_vision_tower(native):
             load_vision_tower(config, folder)
     except (OSError, ValueError) as error:
@@ -97,9 +103,14 @@ def _verify_checkpoint(folder: Path) -> dict[str, Any]:
 def _problems_of_index(folder: Path, files: list[str]) -> Iterator[str]:
     """Weights that an index promises in another file than the one that has them."""
     for index in folder.glob("*.index.json"):
-        if not any(file.endswith(index.name.partition(".")[2].removesuffix(".index.json")) for file in files):
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            is_used = set(weight_map.values()) == {os.path.basename(file) for file in files}
+        except Exception as error:
+            yield f"The index `{index}` is damaged: {error!r}."
             continue
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not is_used:
+            continue
         for file in files:
             promised = {name for name, shard in weight_map.items() if shard == os.path.basename(file)}
             found = set(read_headers([file], folder))
@@ -113,7 +124,7 @@ def _problems_of_values(stored: dict[str, Any]) -> Iterator[str]:
     """Weights that are not finite, read one at a time."""
     for name, tensor in logging.tqdm(stored.items(), desc="Verifying", unit=" tensors", delay=1.0, leave=False):
         values = tensor[...]
-        if values.is_floating_point() and values.numel() and not math.isfinite(values.sum(dtype=torch.float64)):
+        if values.is_floating_point() and not is_finite(values):
             wrong = int((~values.isfinite()).sum())
             yield f"The weight `{name}` has {wrong} values that are not finite, of {values.numel()}."
 

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .sources_longllava import check_not_empty, check_size, describe_source, read_source, to_rgb
+from .sources_longllava import (
+    NotAVideoError,
+    check_memory,
+    check_not_empty,
+    check_size,
+    describe_source,
+    read_source,
+    to_rgb,
+)
 
 
 # What FFmpeg may take a file for: containers and streams of films that hold what they show. Playlists and scripts, which
@@ -46,7 +54,7 @@ _ORIENTATIONS = {
 }
 
 # Pictures that move, as Pillow calls them, and how long a frame is shown that does not say (as browsers and FFmpeg do).
-_ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")
+ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")
 _DEFAULT_DURATION = 100
 
 
@@ -134,7 +142,7 @@ class VideoFile:
                     av.open(file, container_options=options, metadata_errors="replace", buffer_size=_BUFFER_SIZE)
                 )
             except av.FFmpegError as error:
-                raise ValueError(f"{self.name} is not a video that FFmpeg can read: {error.strerror}.") from error
+                raise NotAVideoError(f"{self.name} is not a video that FFmpeg can read: {error.strerror}.") from error
             streams = [stream for stream in container.streams.video if not _is_cover(stream)]
             if not streams:
                 raise ValueError(f"{self.name} has no video stream.")
@@ -143,8 +151,13 @@ class VideoFile:
             if stream.codec_context is None:
                 raise ValueError(f"{self.name} cannot be decoded: this FFmpeg has no decoder for it.")
             if stream.width and stream.height:
-                check_size(stream.width, stream.height, self.name)
+                self._check_frame(stream.width, stream.height)
             yield stream
+
+    def _check_frame(self, width: int, height: int) -> None:
+        """Raises `ValueError` for frames that are too large."""
+        check_size(width, height, self.name)
+        check_memory(8 * width * height, self.name)  # as it is decoded, and in RGB
 
     def _all_packets(self, stream) -> Iterator:
         """The packets of a stream from the first to the last, and an error if some are missing or cut off."""
@@ -281,11 +294,11 @@ class VideoFile:
 
     def _picture(self, frame, aspect) -> Image.Image:
         """A frame with square pixels, turned and mirrored as it is to be shown."""
-        check_size(frame.width, frame.height, self.name)
+        self._check_frame(frame.width, frame.height)
         picture = frame.to_image()
         if aspect and aspect != 1:
             width = round(picture.width * aspect)
-            check_size(width, picture.height, self.name)
+            self._check_frame(width, picture.height)
             picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
         data = frame.side_data.get("DISPLAYMATRIX")
         orientation = None if data is None else self._orientation(np.frombuffer(bytes(data), dtype=np.int32))
@@ -343,13 +356,13 @@ class AnimationFile(VideoFile):
         """The picture, open: at one frame after the other."""
         with self._file() as file:
             try:
-                image = Image.open(file, formats=_ANIMATIONS)
+                image = Image.open(file, formats=ANIMATIONS)
             except Image.DecompressionBombError as error:
                 raise ValueError(f"{self.name} is too large: {error}") from error
             except Exception as error:
                 raise ValueError(f"{self.name} is not an animation that Pillow can read: {error}") from error
             with image:
-                check_size(*image.size, self.name)
+                self._check_frame(*image.size)
                 yield image
 
     @contextlib.contextmanager
@@ -362,7 +375,7 @@ class AnimationFile(VideoFile):
     def _show(self, image: Image.Image, mark: int) -> None:
         with self._naming_damage():
             image.seek(mark)
-        check_size(*image.size, self.name)
+        self._check_frame(*image.size)
         with self._naming_damage():
             image.load()
 
@@ -399,4 +412,4 @@ class Frames(Sequence):
         return len(self._frames)
 
 
-__all__ = ["AnimationFile", "Frames", "VideoFile", "check_num_frames"]
+__all__ = ["ANIMATIONS", "AnimationFile", "Frames", "VideoFile", "check_num_frames"]
