@@ -1,6 +1,7 @@
 """Kept contexts: damaged ones are refused, and those of anything that is not exactly what made them."""
 
 import copy
+import gc
 import json
 import multiprocessing
 import random
@@ -50,6 +51,15 @@ def test_two_saves_have_the_same_bytes(small_model, tiny_processor, kept, tmp_pa
     file, load = kept
     load().save(tmp_path / "y.ctx", small_model, tiny_processor)
     assert (tmp_path / "y.ctx").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("metadata", [{"x": {1}}, {"x": "y" * (1 << 25)}])
+def test_metadata_that_could_not_be_read_is_not_written(small_model, tmp_path, metadata):
+    context = small_model.prefill(**prompt())
+    context.metadata = metadata
+    with pytest.raises(ValueError, match="`metadata`"):
+        context.save(tmp_path / "x.ctx", small_model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_flipped_bit_is_found(kept):
@@ -162,6 +172,7 @@ def test_processes_that_save_one_context_at_once(small_model, tmp_path):
     context, file = small_model.prefill(**prompt()), tmp_path / "x.ctx"
     save_many.shared = small_model, context
     threads = torch.get_num_threads()
+    gc.collect()
     torch.set_num_threads(1)  # threads do not live on in a fork
     try:
         fork = multiprocessing.get_context("fork")
@@ -208,6 +219,13 @@ def test_a_hash_tells_every_single_value():
     assert hash_tensor(torch.ones(300_001, dtype=torch.uint8)[1:]) == hash_tensor(
         torch.ones(300_000, dtype=torch.uint8)
     )
+    for matrix in (torch.eye(512), torch.eye(1024, dtype=torch.bfloat16), torch.eye(2048)):
+        first = hash_tensor(matrix)
+        for order in ([1, 0], [300, 4], [2, 0, 1], [5, 7, 6]):
+            other = matrix.clone()
+            other[sorted(order)] = matrix[order]
+            assert hash_tensor(other) != first
+        assert hash_tensor(matrix.roll(1, 0)) != first != hash_tensor(matrix.flip(0))
     many = torch.zeros(600_001, dtype=torch.uint8)
     starts = {(start + many.data_ptr()) % 8: hash_tensor(many[start : start + 590_000]) for start in range(8)}
     assert len(starts) == 8 and len(set(starts.values())) == 1

@@ -1,6 +1,7 @@
 """Files that are whole or not there: whatever is killed, breaks off, or happens twice at once."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -52,6 +53,7 @@ def snapshot(folder):
 
 def in_child(work, seconds=None):
     """Run it in a forked process, which is killed after so many seconds. Returns its exit code, -9 if it was killed."""
+    gc.collect()  # nothing that has threads is left for the child to clean up
     pid = os.fork()
     if pid == 0:
         code = 1

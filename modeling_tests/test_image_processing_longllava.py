@@ -1,6 +1,7 @@
 """Pictures and frames: pixels equal CLIP's, every kind of input, and a clear word about every broken one."""
 
 import base64
+import gc
 import io
 import pickle
 import subprocess
@@ -687,6 +688,45 @@ def test_a_file_that_vanishes(processor, tmp_path):
         lazy.load()
 
 
+def test_integers_of_sixteen_bits_in_files(processor, tmp_path):
+    """Dark ones too, turned or not: the file says how deep they are, and not the values."""
+    dark = np.full((40, 60), 200, np.uint16)
+    (tmp_path / "x.pgm").write_bytes(b"P5 60 40 65535\n" + dark.astype(">u2").tobytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(dark).save(tmp_path / "x.png", exif=exif)
+    black = pixels(processor, Image.new("RGB", (60, 40)))
+    assert torch.equal(pixels(processor, tmp_path / "x.pgm"), black)
+    assert torch.equal(pixels(processor, tmp_path / "x.png"), pixels(processor, Image.new("RGB", (40, 60))))
+
+
+@pytest.mark.parametrize("options", [{"do_pad": False}, {"resample": 0}, {"resample": 4}, {"do_resize": False}])
+@pytest.mark.parametrize("kind", ["file", "array"])
+def test_no_setting_takes_more_than_the_limit(processor, options, kind):
+    array = np.zeros((178_000, 1, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.new("1", (1, 178_000)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="is too large: decoding and resizing it takes"):
+        processor(array if kind == "array" else buffer.getvalue(), **options)
+
+
+def test_tensors_that_are_no_pictures(processor):
+    for tensor in (torch.zeros(3, 20, 20).to_sparse(), torch.zeros(3, 20, 20, device="meta")):
+        with pytest.raises(ValueError, match=r"Image 0 \(Tensor\) must be a plain tensor of numbers"):
+            processor(tensor)
+
+
+def test_a_file_that_changes(processor, tmp_path):
+    options = {"patch_strategy": "best_fit", "image_grid_pinpoints": [[1, 1], [1, 3]], "lazy": True}
+    photo((48, 48)).save(tmp_path / "x.png")
+    lazy = processor([tmp_path / "x.png"] * 2, **options)["pixel_values"]
+    photo((144, 48)).save(tmp_path / "x.png")
+    with pytest.raises(
+        ValueError, match="Image 0 has changed since it was looked at: it makes 4 tiles now, and 2 then"
+    ):
+        lazy.load()
+
+
 def test_no_program_is_started_for_a_picture(processor):
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with Image.open(io.BytesIO(script)) as image:
@@ -735,6 +775,7 @@ def test_frames_count_too(film, monkeypatch):
 def test_lazy_pixels_pass_through_the_workers_of_a_data_loader(processor, tmp_path):
     photo().save(tmp_path / "x.png")
     samples = [processor([tmp_path / "x.png"] * n, lazy=True)["pixel_values"] for n in (1, 2, 3)]
+    gc.collect()  # what other tests left, films with threads among it, is nothing for a fork to clean up
     loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=2)
     found = [lazy.load() for lazy in loader]
     assert [len(x) for x in found] == [1, 2, 3]

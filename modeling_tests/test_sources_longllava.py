@@ -127,6 +127,32 @@ def test_redirects_are_counted(limits):
         assert len(asked) <= 7
 
 
+def test_the_body_of_a_redirect_is_not_read(limits):
+    limits(timeout=3.0)
+    sent = []
+
+    def endless(handler):
+        if handler.path == "/end":
+            return send(handler, b"end")
+        handler.send_response(302)
+        handler.send_header("Location", "/end")
+        handler.end_headers()
+        for _ in range(10_000):
+            handler.wfile.write(bytes(10_000))
+            sent.append(10_000)
+
+    with serve(endless) as (url, _):
+        assert download(url).read() == b"end"
+    assert sum(sent) < 50_000_000
+
+
+def test_passwords_are_not_repeated(limits):
+    with serve(lambda handler: send(handler, status=404)) as (url, _):
+        with pytest.raises(OSError) as error:
+            download(url.replace("://", "://user:secret@"))
+    assert "secret" not in str(error.value).split("could not be read")[0]
+
+
 def test_no_more_bytes_than_the_limit(limits):
     limits(max_bytes=100_000)
     sent = []
@@ -201,8 +227,9 @@ def test_a_connection_that_comes_late_is_cut_too(limits, monkeypatch):
 
 PUBLIC = ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"]
 PRIVATE = [
+    *("2002:7f00:1::", "64:ff9b:1::1", "fec0::1"),
     *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1"),
-    *("::1", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"),
+    *("::1", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1"),
 ]
 
 

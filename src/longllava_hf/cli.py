@@ -4,7 +4,6 @@
 import argparse
 import io
 import json
-import math
 import os
 import sys
 import tempfile
@@ -261,6 +260,8 @@ def check_writable(file: str | None) -> None:
     """Before any work is done, see that a file can be written where it is wanted; raises `OSError` if not."""
     if file is None:
         return
+    if not file:
+        raise ValueError("The name of the file to write is empty.")
     folder = os.path.dirname(os.path.abspath(file))
     if os.path.isdir(file):
         raise IsADirectoryError(f"`{file}` is a folder, but a file is to be written.")
@@ -337,8 +338,7 @@ def _count_interruption(before: int) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    source = arguments.source if os.path.exists(arguments.source) else local_model(arguments.source)
-    folder = convert_checkpoint(source, arguments.destination, to=arguments.to)
+    folder = convert_checkpoint(local_model(arguments.source), arguments.destination, to=arguments.to)
     files = list(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{folder}: {arguments.to} layout, {len(files)} files of weights, {size / 1e6:.1f} MB")
@@ -462,8 +462,8 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be above 0, but is {text}")
+        if not 0 < value <= 1e9:
+            raise argparse.ArgumentTypeError(f"must be above 0 and at most 10^9, but is {text}")
         return value
 
     parse.__name__ = kind.__name__
@@ -511,7 +511,7 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("model", nargs="?", help="folder or Hub id"),
         _option("--shape", choices=list(SHAPES), help="a published shape, instead of a model"),
         _option("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)"),
-        _option("--images", type=int, default=1000),
+        _option("--images", type=_positive(int), default=1000),
         _option("--memory", type=_positive(float), default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
         _option("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16"),
         _option("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)"),
@@ -568,9 +568,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; what it returns is the exit code, see `longllava --help`. Errors are one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the beginning
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")
     arguments = build_parser().parse_args(argv)

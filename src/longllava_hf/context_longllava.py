@@ -29,7 +29,7 @@ from .identity_longllava import hash_tensor, is_finite, model_fingerprint, proce
 # any order; up to version 2 each had a name of its own, and before contexts were values of their own another format.
 _FORMAT, _VERSION = "longllava_context", "3"
 _OLD_FORMATS = ("longllava_cache", "longllava_context")
-_MAX_HEADER_BYTES = 1 << 26
+_MAX_HEADER_BYTES, _MAX_FACTS_BYTES = 1 << 26, 1 << 24
 _TEXTS = ("version", "model", "processor", "inputs", "checksum")
 
 
@@ -278,17 +278,26 @@ class LongLLaVAContext:
         if self.attention_mask is not None:
             tensors["attention_mask"] = self.attention_mask
         tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+        try:
+            metadata = json.loads(json.dumps(self.metadata))  # as it will be read
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"`metadata` must be something that JSON can say: {error}") from error
         facts: dict[str, Any] = {
             "version": _VERSION,
             "model": model_fingerprint(model),
             "processor": "" if processor is None else processor_fingerprint(processor),
             "inputs": self.inputs_digest,
             "image_hashes": self.image_hashes,
-            "metadata": json.loads(json.dumps(self.metadata)),  # as it will be read
+            "metadata": metadata,
         }
         facts["checksum"] = _checksum(facts, tensors)
         # The same context makes the same bytes.
         written = json.dumps(facts, sort_keys=True)
+        if len(written) > _MAX_FACTS_BYTES:
+            raise ValueError(
+                f"`metadata` is too large: with it a context says {len(written)} bytes of itself, and the limit is"
+                f" {_MAX_FACTS_BYTES}."
+            )
         with atomic_write(file) as temporary:
             save_file(dict(sorted(tensors.items())), temporary, metadata={_FORMAT: written})
 

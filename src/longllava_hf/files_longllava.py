@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from errno import EEXIST, EINVAL, ENOTEMPTY
+from errno import EEXIST, EINVAL, EISDIR, ENOTEMPTY
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,8 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         yield folder
         if not (names := sorted(os.listdir(folder))):
             return  # such as on all processes but one
+        if folders := [name for name in names if (target / name).is_dir()]:
+            raise IsADirectoryError(EISDIR, "A folder is where a file is to be saved", os.fspath(target / folders[0]))
         settle(folder)
         (folder / _COMMIT_NAMES).write_text(json.dumps(names), encoding="utf-8")
         sync(folder / _COMMIT_NAMES)

@@ -44,9 +44,10 @@ def hash_tensor(tensor: torch.Tensor) -> str:
     """
     A hash of a tensor's shape, dtype and every bit, at the speed of memory, on whatever device it is.
 
-    Its bytes are taken for squares of integers. Of each square the sums of rows and of columns, modulo 2^64, go through
-    SHA-256: no single value can change without a row's and a column's sum, and a change that keeps all sums has to be made
-    on purpose. This tells mistakes from the right thing; it does not stop someone who crafts weights.
+    Its bytes are taken for squares of integers. Of each square the sums of rows, of columns and of diagonals, modulo 2^64, go
+    through SHA-256: no single value can change without those of its row, column and diagonal, nor can two rows or columns
+    change places, and a change that keeps all sums has to be made on purpose. This tells mistakes from the right thing; it
+    does not stop someone who crafts weights.
     """
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -55,7 +56,9 @@ def hash_tensor(tensor: torch.Tensor) -> str:
         words = data[:whole]
         words = words.clone() if words.data_ptr() % 8 or words.storage_offset() % 8 else words
         for squares in words.view(torch.int64).view(-1, _SIDE, _SIDE).split(_PART):
-            digest.update(torch.cat([squares.sum(1), squares.sum(2)], dim=1).cpu().numpy().tobytes())
+            diagonals = squares.flatten(1)[:, :-1].unflatten(1, (_SIDE - 1, _SIDE + 1))
+            sums = torch.cat([squares.sum(1), squares.sum(2), diagonals.sum(1)], dim=1)
+            digest.update(sums.cpu().numpy().tobytes())
     digest.update(data[whole:].cpu().numpy().tobytes())
     return digest.hexdigest()
 

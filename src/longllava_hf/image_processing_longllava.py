@@ -172,8 +172,11 @@ def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
 def _open(source: Any, name: str) -> Image.Image | np.ndarray:
     """A picture of any kind, of which files are not decoded yet."""
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        try:
+            source = source.detach().cpu()
+            source = (source.float() if source.is_floating_point() and source.itemsize < 4 else source).numpy()
+        except Exception as error:
+            raise ValueError(f"{name} must be a plain tensor of numbers: {error}") from error
     if isinstance(source, np.ndarray):
         if source.ndim not in (2, 3):
             raise ValueError(f"{name} must have 2 or 3 dimensions, but it has {source.ndim}: shape {source.shape}.")
@@ -198,7 +201,8 @@ def _decode(picture: Image.Image | np.ndarray, name: str) -> Image.Image | np.nd
     with _damage_named(name):
         picture.load()
         # Which copies a picture even where there is nothing to turn.
-        return to_rgb(ImageOps.exif_transpose(picture) if _is_turned(picture) else picture)
+        upright = ImageOps.exif_transpose(picture) if _is_turned(picture) else picture
+        return to_rgb(upright, is_deep=picture.format in ("PNG", "PPM"))
 
 
 def load_picture(source: Any, name: str | None = None) -> Image.Image | np.ndarray:
@@ -385,7 +389,7 @@ class LazyPixelValues:
             lambda n: process(n[0], n[1][0], n[1][1], self._settings)[0], numbered, _WORKERS, ahead=size // most
         )
         left, filled, batch, shape = len(self), 0, None, tuple(self.shape[1:])
-        for tile in chain.from_iterable(done):
+        for tile in chain.from_iterable(map(self._counted, enumerate(done), self._expected())):
             if tile.shape != shape:
                 raise ValueError(f"With `lazy=True` a tile must have the shape {shape}, but it is {tile.shape}.")
             if batch is None:
@@ -397,6 +401,20 @@ class LazyPixelValues:
                 yield full.pop()  # nothing here holds on to it while the next one is made
         if batch is not None:
             yield batch[:filled].to(self._like)
+
+    def _expected(self) -> Iterator[int]:
+        """Tiles of each picture and frame."""
+        for (item, _), count in zip(self._items, self._counts):
+            yield from [1] * count if isinstance(item, VideoFile) else [count]
+
+    def _counted(self, numbered: tuple[int, list], expected: int) -> list:
+        number, tiles = numbered
+        if len(tiles) != expected:
+            raise ValueError(
+                f"Image {self._first + number} has changed since it was looked at: it makes {len(tiles)} tiles now, and"
+                f" {expected} then."
+            )
+        return tiles
 
     def _select(self, part: slice) -> "LazyPixelValues":
         before = (len(item) if isinstance(item, VideoFile) else 1 for item, _ in self._items[: part.start])
@@ -505,6 +523,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             columns, where = _resize_padded(np.asarray(picture).transpose(1, 0, 2), height, side, resample, background)
             narrow = Image.fromarray(np.ascontiguousarray(columns.transpose(1, 0, 2)))
             return np.asarray(narrow.resize((len(columns), side), resample))[:, where].transpose(2, 0, 1)
+        check_memory(4 * max(width, height) * (side if width > height else height), "A picture padded to a square")
         if width > height:
             scaled, picture = picture.resize((side, height), resample), Image.new("RGB", (side, width), background)
             picture.paste(scaled, (0, (width - height) // 2))
@@ -540,6 +559,9 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             if settings["do_pad"]:
                 check_memory(len(tile) * max(tile.shape[1:]) ** 2, name)
                 tile = self.pad_to_square(tile, background)
+            if settings["do_resize"] and size.shortest_edge and not size.longest_edge:
+                long, short = max(tile.shape[1:]), min(tile.shape[1:])
+                check_memory(20 * size.shortest_edge**2 * long // short, name)  # as it becomes, and in floats
             tiles = [self.resize(tile, size, resample=resample) if settings["do_resize"] else tile]
         if settings["patch_strategy"] == "best_fit" and not whole_only:
             if not isinstance(picture, Image.Image):

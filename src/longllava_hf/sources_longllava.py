@@ -7,9 +7,11 @@ import http.client
 import io
 import ipaddress
 import os
+import re
 import socket
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -23,8 +25,9 @@ from PIL import Image
 # Shorter text without a `data:` in front is a path that does not exist; no picture is so small.
 _SHORTEST_BASE64 = 64
 _BLOCK_BYTES = 1 << 16
-# Addresses of the older protocol inside the newer one (RFC 6052).
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Addresses of the older protocol inside the newer one (RFC 4291, 6052), and those of a site that Python takes for global.
+_WITH_IPV4 = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b::/96")]
+_OF_A_SITE = [ipaddress.ip_network(network) for network in ("64:ff9b:1::/48", "fec0::/10")]
 
 
 @dataclass
@@ -61,8 +64,11 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the whole Internet, also if it stands inside an IPv6 address."""
     ip: Any = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
+        if any(ip in network for network in _OF_A_SITE):
+            return False
         inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
-        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else inside or ip
+        is_inside = any(ip in network for network in _WITH_IPV4)
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if is_inside else inside or ip
     return ip.is_global and not ip.is_multicast
 
 
@@ -129,6 +135,12 @@ def _opener(connections: _Connections) -> urllib.request.OpenerDirector:
     class Redirects(urllib.request.HTTPRedirectHandler):
         max_redirections = LIMITS.max_redirects
 
+        def http_error_302(self, request, response, *args):
+            response.close()  # which would be read to its end, however far that is
+            return super().http_error_302(request, response, *args)
+
+        http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     opener = urllib.request.OpenerDirector()
     handlers = [Http(), Https(), Redirects(), urllib.request.HTTPErrorProcessor()]
     handlers += [urllib.request.HTTPDefaultErrorHandler(), urllib.request.UnknownHandler()]
@@ -180,7 +192,9 @@ def download(url: str) -> io.BytesIO:
     except Exception as error:
         seconds = f"it takes more than {LIMITS.timeout:g} seconds, which is `longllava_hf.LIMITS.timeout`"
         reason = seconds if connections.is_over else getattr(error, "reason", None) or error
-        raise OSError(f"{describe_source(url)} could not be read: {reason}") from error
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise OSError(f"{describe_source(url)} could not be read: {' '.join(str(reason).split())}") from error
     finally:
         timer.cancel()
         connections.close()
@@ -191,7 +205,7 @@ def download(url: str) -> io.BytesIO:
 def describe_source(source: Any) -> str:
     """A short name of a picture or video for messages."""
     if isinstance(source, (str, os.PathLike)):
-        name = str(source)
+        name = re.sub(r"^(https?://)[^/@]*@", r"\1", str(source))  # without a password
         return f"`{name if len(name) <= 200 else name[:60] + '...'}`"
     if isinstance(source, (bytes, bytearray)):
         return f"{len(source)} bytes"
@@ -213,7 +227,7 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
         return download(text)
     text = text.removeprefix("file://")
     is_data = text.startswith("data:")
-    if not is_data and LIMITS.allow_local_files:
+    if LIMITS.allow_local_files:
         if os.path.isfile(text):
             return text
         if os.path.isdir(text):
@@ -261,15 +275,15 @@ def check_memory(needed: int, name: str) -> None:
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """In 8 bits a channel, to which Pillow's own conversion would clip deeper ones."""
+def to_rgb(image: Image.Image, is_deep: bool = False) -> Image.Image:
+    """In 8 bits a channel, to which Pillow's own conversion would clip deeper ones; `is_deep` if integers are of 16 bits."""
     if image.mode == "F":
         values = np.asarray(image)
         image = Image.fromarray(to_uint8(values, "its pixels")[0])
     elif image.mode.startswith("I"):
         values = np.asarray(image)
         # Of 16 bits where the file or a value says so; otherwise the mode is that of any integers.
-        if image.mode != "I" or image.format == "PNG" or values.max() > 255:
+        if image.mode != "I" or is_deep or values.max() > 255:
             values = values.clip(0, 65535) // 257
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -295,7 +295,11 @@ class VideoFile:
     def _picture(self, frame, aspect) -> Image.Image:
         """A frame with square pixels, turned and mirrored as it is to be shown."""
         self._check_frame(frame.width, frame.height)
-        picture = frame.to_image()
+        try:
+            # With threads of its own a frame that is still about after a fork never comes to its end.
+            picture = frame.to_image(threads=1)
+        except TypeError:  # PyAV 14 has none
+            picture = frame.to_image()
         if aspect and aspect != 1:
             width = round(picture.width * aspect)
             self._check_frame(width, picture.height)
