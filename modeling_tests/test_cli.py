@@ -51,13 +51,13 @@ NUMBERS = [
         ("--max-new-tokens", "0"),
         ("--num-frames", "-1"),
     ),
-    *(("--fps", "0"), ("--fps", "nan"), ("--fps", "inf"), ("--num-frames", "x")),
+    *(("--max-new-tokens", "9" * 30), ("--fps", "0"), ("--fps", "nan"), ("--fps", "inf"), ("--num-frames", "x")),
 ]
 
 
 @pytest.mark.parametrize(("option", "value"), NUMBERS)
 def test_numbers_that_make_no_sense(capsys, option, value):
-    assert f"argument {option}" in fails(capsys, "ask", DIGITS["three"], "?", option, value)
+    assert option in fails(capsys, "ask", DIGITS["three"], "?", option, value)
 
 
 @pytest.mark.parametrize("device", ["xyz", "cuda:99", "cpu:x", "meta", ""])
@@ -88,7 +88,7 @@ def test_where_nothing_can_be_written(capsys, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(cli, "open_visual", lambda *_: read.append(1))
     for target, reason in (
-        (tmp_path / "no" / "x", "cannot be written"),
+        (tmp_path / "no" / "x", "does not exist"),
         (tmp_path, "is a folder"),
         ("/proc/x", "cannot be written"),
     ):

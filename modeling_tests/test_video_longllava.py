@@ -759,6 +759,9 @@ def test_a_picture_that_is_not_of_the_animation(tmp_path):
 def test_animations_of_16_bits(tmp_path):
     grey = Image.fromarray(np.full((48, 64), 128 * 257, dtype=np.uint16))
     grey.save(tmp_path / "film.png", save_all=True, append_images=[grey.point(lambda value: value)])
+    with Image.open(tmp_path / "film.png") as image:
+        if getattr(image, "n_frames", 1) == 1:
+            pytest.skip("this Pillow writes no such animations")
     assert {frame.getpixel((3, 3)) for frame in AnimationFile(tmp_path / "film.png")} == {(128, 128, 128)}
 
 

@@ -4,6 +4,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -263,6 +264,8 @@ def check_writable(file: str | None) -> None:
     if not file:
         raise ValueError("The name of the file to write is empty.")
     folder = os.path.dirname(os.path.abspath(file))
+    if not os.path.isdir(folder):
+        raise OSError(f"The folder of `{file}` does not exist.")
     if os.path.isdir(file):
         raise IsADirectoryError(f"`{file}` is a folder, but a file is to be written.")
     try:
@@ -420,6 +423,8 @@ def info(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.shape is None):
         raise ValueError("Say either a MODEL, a folder or Hub id, or a --shape.")
+    if not math.isfinite(arguments.memory):
+        raise ValueError(f"--memory must be a number of GB, but is {arguments.memory}.")
     check_writable(arguments.plot)
     if arguments.shape is not None:
         config, name = published_shape(arguments.shape), f"LongLLaVA, shape {arguments.shape}"
@@ -457,23 +462,8 @@ def _option(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
-    """A number above 0, as a type of argparse's."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value <= 1e9:
-            raise argparse.ArgumentTypeError(f"must be above 0 and at most 10^9, but is {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-_CHUNKS = _option(
-    "--prefill-chunk-size", type=_positive(int), help="tokens to read at a time (default: 4096, on a CPU 512)"
-)
-_MAX_NEW_TOKENS = _option("--max-new-tokens", type=_positive(int), default=256)
+_CHUNKS = _option("--prefill-chunk-size", type=int, help="tokens to read at a time (default: 4096, on a CPU 512)")
+_MAX_NEW_TOKENS = _option("--max-new-tokens", type=int, default=256)
 _JSON = _option("--json", action="store_true", help="print the result and its circumstances as JSON")
 _LOADING = [
     _option("--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"),
@@ -481,8 +471,8 @@ _LOADING = [
 ]
 _GENERATION = [
     _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
-    _option("--num-frames", type=_positive(int), help="frames of each video, uniformly (default: 128)"),
-    _option("--fps", type=_positive(float), help="frames a second of each video, instead"),
+    _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)"),
+    _option("--fps", type=float, help="frames a second of each video, instead"),
     _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images"),
     _option("--allow-private-addresses", action="store_true", help="for URLs of this machine and its network"),
     *(_MAX_NEW_TOKENS, _CHUNKS, *_LOADING, _JSON),
@@ -511,8 +501,8 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("model", nargs="?", help="folder or Hub id"),
         _option("--shape", choices=list(SHAPES), help="a published shape, instead of a model"),
         _option("--quantization", choices=BITS, help="of the weights (default: the checkpoint's own)"),
-        _option("--images", type=_positive(int), default=1000),
-        _option("--memory", type=_positive(float), default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
+        _option("--images", type=int, default=1000),
+        _option("--memory", type=float, default=80.0, help="of the device, in GB of 10^9 bytes (default: 80)"),
         _option("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16"),
         _option("--device", choices=["cuda", "cpu"], default="cuda", help="whose kernels (default: cuda)"),
         _option("--plot", metavar="FILE.png", help="draw memory against the number of images"),
@@ -521,7 +511,7 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
     (info, "What a checkpoint is, without loading its weights; or where its time goes.", [
         _option("model", nargs="?", default=TINY, help="folder or Hub id"),
         _option("--profile", action="store_true", help="load it, and say where the time of a token goes"),
-        _option("--context", type=_positive(int), default=1024, help="tokens before that one (default: 1024)"),
+        _option("--context", type=int, default=1024, help="tokens before that one (default: 1024)"),
         *(*_LOADING, _JSON),
     ]),
 ]  # fmt: skip
@@ -555,10 +545,29 @@ def check_text(text: str, name: str) -> None:
         raise ValueError(f"{name} must be UTF-8, but has other bytes at position {error.start}: {text!r}.") from None
 
 
+# The least that options may be.
+_LEAST = {"prefill_chunk_size": 1, "num_frames": 1, "context": 1, "images": 0, "max_new_tokens": 0}
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for numbers that make no sense, before anything is read."""
+    for name, least in _LEAST.items():
+        least = max(least, arguments.function in (ask, chat))
+        value, option = getattr(arguments, name, None), f"--{name.replace('_', '-')}"
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{option} must be at least {least}, but is {value}.")
+        if isinstance(value, int) and value > 10**9:
+            raise ValueError(f"{option} must be at most 10^9, but is {value}.")
+    fps = getattr(arguments, "fps", None)
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"--fps must be positive, but is {fps}.")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     for name in ("model", "device", "source", "destination"):
         if isinstance(value := getattr(arguments, name, None), str):
             check_text(value, f"The argument `{name}`")
+    _check_numbers(arguments)
     if arguments.function is ask:
         check_text(arguments.inputs[-1], "The question")
     LIMITS.allow_private_addresses |= getattr(arguments, "allow_private_addresses", False)

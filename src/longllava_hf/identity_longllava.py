@@ -36,7 +36,7 @@ _SIDE = 256
 _SQUARE_BYTES = 8 * _SIDE * _SIDE
 # Squares that are summed at a time.
 _PART = 128
-_FINITE_PART = 1 << 20
+_FINITE_PART = 1 << 16
 
 
 @torch.no_grad()
@@ -66,8 +66,8 @@ def hash_tensor(tensor: torch.Tensor) -> str:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor of floats has neither NaN nor infinite values, without another one of its size."""
     parts = tensor.detach().reshape(-1).split(_FINITE_PART)
-    dtype = torch.float64 if tensor.device.type == "cpu" else torch.float32
     # The sum of what is finite is finite, unless it overflows.
+    dtype = tensor.dtype if tensor.dtype.itemsize > 2 else torch.float32
     sums = torch.stack([part.sum(dtype=dtype) for part in parts]) if parts else torch.zeros(0)
     return bool(sums.isfinite().all()) or all(bool(part.isfinite().all()) for part in parts)
 

@@ -32,6 +32,7 @@ from .sources_longllava import (
     check_not_empty,
     check_size,
     describe_source,
+    installed_formats,
     read_source,
     to_rgb,
     to_uint8,
@@ -124,8 +125,7 @@ def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Im
         check_not_empty(file, name)
     except OSError as error:
         raise type(error)(f"{name} cannot be read: {error}") from error
-    Image.init()
-    formats = [kind for kind in _PICTURE_FORMATS if kind in Image.OPEN]
+    formats = installed_formats(_PICTURE_FORMATS)
     try:
         image = Image.open(file, formats=formats)
     except Image.DecompressionBombError as error:
@@ -411,8 +411,8 @@ class LazyPixelValues:
         number, tiles = numbered
         if len(tiles) != expected:
             raise ValueError(
-                f"Image {self._first + number} has changed since it was looked at: it makes {len(tiles)} tiles now, and"
-                f" {expected} then."
+                f"`pixel_values` should hold {expected} pictures, but {len(tiles)} came: image {self._first + number} has"
+                " changed since it was looked at."
             )
         return tiles
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,6 +244,12 @@ def read_source(source: str | os.PathLike | bytes | bytearray) -> str | io.Bytes
     raise FileNotFoundError(f"{describe_source(text)} is not a file, a URL or base64 text.")
 
 
+def installed_formats(names: Iterable[str]) -> list[str]:
+    """Those of Pillow's formats that this Pillow has."""
+    Image.init()
+    return [name for name in names if name in Image.OPEN]
+
+
 def check_not_empty(file: str | io.BytesIO, name: str) -> None:
     if (file.getbuffer().nbytes if isinstance(file, io.BytesIO) else os.path.getsize(file)) == 0:
         raise ValueError(f"{name} is empty: it has 0 bytes.")
@@ -308,6 +314,18 @@ def to_uint8(picture: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
 
 
 __all__ = [
-    "LIMITS", "InputLimits", "NotAPictureError", "NotAVideoError", "check_memory", "check_not_empty", "check_size", "describe_source", "download", "is_public",
-    "read_source", "to_rgb", "to_uint8",
+    "LIMITS",
+    "InputLimits",
+    "NotAPictureError",
+    "NotAVideoError",
+    "check_memory",
+    "check_not_empty",
+    "check_size",
+    "describe_source",
+    "download",
+    "installed_formats",
+    "is_public",
+    "read_source",
+    "to_rgb",
+    "to_uint8",
 ]  # fmt: skip

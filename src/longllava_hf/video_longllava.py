@@ -18,6 +18,7 @@ from .sources_longllava import (
     check_not_empty,
     check_size,
     describe_source,
+    installed_formats,
     read_source,
     to_rgb,
 )
@@ -360,7 +361,7 @@ class AnimationFile(VideoFile):
         """The picture, open: at one frame after the other."""
         with self._file() as file:
             try:
-                image = Image.open(file, formats=ANIMATIONS)
+                image = Image.open(file, formats=installed_formats(ANIMATIONS))
             except Image.DecompressionBombError as error:
                 raise ValueError(f"{self.name} is too large: {error}") from error
             except Exception as error:
@@ -400,7 +401,7 @@ class AnimationFile(VideoFile):
         with self._animation() as image:
             for index in self.indices:
                 self._show(image, self._marks[index])
-                yield to_rgb(ImageOps.exif_transpose(image))
+                yield to_rgb(ImageOps.exif_transpose(image), is_deep=image.format == "PNG")
 
 
 class Frames(Sequence):
