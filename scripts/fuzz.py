@@ -580,7 +580,7 @@ class Processors(ModelKind):
 
     def names(self, name, file):
         # A damaged template may show a picture twice.
-        return *super().names(name, file), "Image 0", "tokens in the prompts"
+        return *super().names(name, file), "Image 0", "tokens in the prompts", "chat template"
 
     def read(self, random, name, file):
         folder = file.parent.parent / "checkpoint" if "published" in name else file.parent

@@ -417,7 +417,9 @@ class PublishedPreTrainedModel(PreTrainedModel):
             overrides = {key: value for key, value in kwargs.items() if key not in ("config", "dtype", "torch_dtype")}
             config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **overrides)
         for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
-            dtype = getattr(part, "dtype", None)
+            dtype, model_type = getattr(part, "dtype", None), getattr(part, "model_type", "")
+            if not isinstance(model_type, str):
+                raise ValueError(f"A `model_type` of `{name}` must be a string, but is {model_type!r}.")
             if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
                 raise ValueError(f"The `dtype` of `{name}` must be one of floating-point numbers, but is {dtype!r}.")
         stored = stored_quantization(config) if isinstance(config, PreTrainedConfig) else None

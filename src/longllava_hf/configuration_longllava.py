@@ -344,6 +344,8 @@ class LongLLaVAConfig(PreTrainedConfig):
             raise ValueError('`pooling_mode="2d"` needs `vision_feature_select_strategy="default"`: no class token.')
         if self.vision_batch_size < 1:
             raise ValueError(f"`vision_batch_size` must be at least 1, but is {self.vision_batch_size}.")
+        if not 0 <= self.image_token_id < 2**31:
+            raise ValueError(f"`image_token_id` must be from 0 to 2^31 - 1, but is {self.image_token_id}.")
         tower = self.vision_config
         _check_sizes(tower, "num_hidden_layers", _MAX_LAYERS)
         _check_sizes(tower, "hidden_size image_size patch_size")

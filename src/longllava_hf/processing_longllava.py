@@ -10,6 +10,7 @@ The token protocol (arXiv 2409.02889, section 3.2) and the chat template.
 | system message  | its text, a blank line, and the first user message's content                                |
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -82,6 +83,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerFast, image_token: str) -> Pre
     )
 
 
+class ChatTemplateError(ValueError):
+    """A conversation that a chat template refuses."""
+
+
 class LongLLaVAProcessor(ProcessorMixin):
     r"""
     Pictures, videos and text to what [`LongLLaVAForConditionalGeneration`] takes.
@@ -127,6 +132,7 @@ class LongLLaVAProcessor(ProcessorMixin):
             loaded = cls.from_args_and_dict([image_processor, tokenizer], processor_dict, **own)
             processor = loaded[0] if isinstance(loaded, tuple) else loaded
             check_num_frames(processor.num_frames)
+            processor.tokenizer("?")  # which says what is wrong with its settings
             _check_template(processor)
         return loaded
 
@@ -330,11 +336,17 @@ class LongLLaVAProcessor(ProcessorMixin):
         way to write some of them. A prompt that is given to the processor itself is a template, and means what it says.
 
         Raises:
-            ValueError: for an empty conversation, an unknown role or block, a `system` message elsewhere, a `file:` URL,
+            ValueError: for an empty conversation, one that the template refuses, an unknown role or block, a `system` message elsewhere, a `file:` URL,
                 and for a text with `<image>` or `<video>`, a special token of the tokenizer, or a marker of pictures,
                 videos or turns.
         """
-        return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
+        try:
+            return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
+        except Exception as error:
+            # What a template refuses in so many words, and no subclass of it, such as that for its syntax.
+            if type(error).__name__ != "TemplateError":
+                raise
+            raise ChatTemplateError(f"The chat template refuses the conversation: {error}") from error
 
     def _checked(self, conversation):
         """A copy of one conversation or a batch of them, in which everything is known."""
@@ -424,13 +436,8 @@ def _check_template(processor: LongLLaVAProcessor) -> None:
     """Raises whatever a chat template does that cannot be rendered; what it refuses in so many words is its business."""
     if not is_jinja_available() or isinstance(processor.chat_template, dict):  # of several, a call says which
         return
-    from jinja2 import TemplateError
-
-    try:
+    with contextlib.suppress(ChatTemplateError):
         processor.apply_chat_template([{"role": "user", "content": "?"}])
-    except TemplateError as error:
-        if type(error) is not TemplateError:
-            raise
 
 
 def _tower_settings(tower: str) -> dict[str, Any]:
