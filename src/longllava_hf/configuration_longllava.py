@@ -237,8 +237,8 @@ class LongLLaVATextConfig(PreTrainedConfig):
         _check_sizes(self, "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads")
         _check_sizes(self, "num_experts_per_tok mamba_d_state mamba_d_conv mamba_expand mamba_dt_rank")
         _check_sizes(self, "attn_layer_period expert_layer_period")
-        if not 0 < self.rms_norm_eps < 1:
-            raise ValueError(f"`rms_norm_eps` must be between 0 and 1, but is {self.rms_norm_eps}.")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` must be positive, but is {self.rms_norm_eps}.")
         for kind in ("attn", "expert"):
             period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
             if not 0 <= offset < period:

@@ -551,7 +551,7 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
             array, is_unit = self._to_array(picture, name, settings)
             if len(array) == 3:
                 picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(array, 0, -1)))
-        is_usual = settings["do_pad"] and settings["do_resize"] and mean is not None and isinstance(resample, int)
+        is_usual = settings["do_pad"] and settings["do_resize"] and len(background) == 3 and isinstance(resample, int)
         if is_usual and isinstance(picture, Image.Image) and size.shortest_edge and not size.longest_edge:
             tiles = [self._fit_square(picture, size.shortest_edge, resample, background)]
         else:
@@ -658,12 +658,12 @@ def _check_values(settings: dict[str, Any]) -> None:
     for name in ("image_mean", "image_std"):
         values = settings[name]
         is_wrong = values is not None and (
-            not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(is_number, values))
+            not isinstance(values, (list, tuple)) or len(values) not in (1, 3, 4) or not all(map(is_number, values))
         )
         if is_wrong or (name == "image_std" and values is not None and 0 in values):
-            refuse(name, "3 numbers" + (" other than 0" if name == "image_std" else ""))
+            refuse(name, "a number for each channel" + (" other than 0" if name == "image_std" else ""))
     if settings["do_pad"] and settings["image_mean"] and not all(0 <= x <= 1 for x in settings["image_mean"]):
-        refuse("image_mean", "3 numbers from 0 to 1, as it is the padding's color too")
+        refuse("image_mean", "numbers from 0 to 1, as it is the padding's color too")
     if settings["do_rescale"] and not is_number(settings["rescale_factor"]):
         refuse("rescale_factor", "a number")
     for name in ("size", "crop_size"):
