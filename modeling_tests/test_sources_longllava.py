@@ -204,7 +204,7 @@ def test_the_time_is_that_of_the_whole(limits, where):
     started = time.monotonic()
     with serve(trickle) as (url, _), pytest.raises(OSError, match="more than 1 seconds"):
         download(url)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8  # the server goes on for ten
 
 
 def test_a_connection_that_comes_late_is_cut_too(limits, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_connection_that_comes_late_is_cut_too(limits, monkeypatch):
     started = time.monotonic()
     with serve(trickle) as (url, _), pytest.raises(OSError, match=r"more than 0\.5 seconds"):
         download(url)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8  # the server goes on for ten
 
 
 PUBLIC = ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"]
