@@ -31,6 +31,7 @@ from .sources_longllava import (
     check_memory,
     check_not_empty,
     check_size,
+    damage_named,
     describe_source,
     installed_formats,
     read_source,
@@ -101,7 +102,7 @@ def _bytes_needed(picture: Image.Image | np.ndarray, is_decoded: bool, name: str
     else:
         (width, height) = picture.size
         # A PNG is decoded to look for what it does not say in front.
-        with _damage_named(name):
+        with damage_named(name):
             is_turned = (picture.format != "PNG" or "exif" in picture.info) and _is_turned(picture)
         stored = 4 if len(picture.getbands()) > 1 or picture.mode[:1] in "IF" else 1
         a_pixel = (0 if is_decoded else stored) + (stored if is_turned else 0)
@@ -140,15 +141,6 @@ def open_picture(source: str | os.PathLike | bytes | bytearray, name: str) -> Im
     return image
 
 
-@contextmanager
-def _damage_named(name: str) -> Iterator[None]:
-    """`ValueError` with the picture's name, whatever the decoder of a damaged file raises."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
-
-
 def _is_channels_last(picture: np.ndarray) -> bool:
     return picture.ndim == 2 or picture.shape[-1] in (1, 3, 4)
 
@@ -160,7 +152,7 @@ def picture_size(source: Any, name: str | None = None) -> tuple[int, int]:
         with open_picture(source, name) as image:
             # Some releases of Pillow turn a TIFF as they decode it, and say so before.
             if image.format != "TIFF":
-                with _damage_named(name):
+                with damage_named(name):
                     lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
                 return image.size if lies_on_its_side else image.size[::-1]
     picture = load_picture(source, name)
@@ -198,7 +190,7 @@ def _decode(picture: Image.Image | np.ndarray, name: str) -> Image.Image | np.nd
     """What [`_open`] gave, upright and in RGB."""
     if isinstance(picture, np.ndarray):
         return picture
-    with _damage_named(name):
+    with damage_named(name):
         picture.load()
         # Which copies a picture even where there is nothing to turn.
         upright = ImageOps.exif_transpose(picture) if _is_turned(picture) else picture

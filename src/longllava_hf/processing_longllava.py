@@ -374,8 +374,9 @@ class LongLLaVAProcessor(ProcessorMixin):
                 blocks = enumerate(map(_as_dict, content))
                 content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in blocks]
                 for is_text, run in groupby(content, lambda block: block["type"] == "text"):
-                    if is_text:  # which the template joins
-                        self._check_text("".join(block["text"] for block in run), name)
+                    texts = [block["text"] for block in run] if is_text else []
+                    if len(texts) > 1:  # which the template joins; each alone was looked at
+                        self._check_text("".join(texts), name)
             else:
                 raise ValueError(f"{name} must have a string or a list of blocks as content, but it is {content!r}.")
             messages.append({**message, "content": content})

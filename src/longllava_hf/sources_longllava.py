@@ -264,6 +264,15 @@ def check_size(width: int, height: int, name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """`ValueError` with a picture's or film's name, whatever the decoder of a damaged file raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or truncated: {error}") from error
+
+
 class NotAPictureError(ValueError):
     """What was given is not in a format of pictures."""
 
@@ -321,7 +330,7 @@ __all__ = [
     "check_memory",
     "check_not_empty",
     "check_size",
-    "describe_source",
+    "damage_named", "describe_source",
     "download",
     "installed_formats",
     "is_public",

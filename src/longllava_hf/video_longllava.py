@@ -17,6 +17,7 @@ from .sources_longllava import (
     check_memory,
     check_not_empty,
     check_size,
+    damage_named,
     describe_source,
     installed_formats,
     read_source,
@@ -370,18 +371,11 @@ class AnimationFile(VideoFile):
                 self._check_frame(*image.size)
                 yield image
 
-    @contextlib.contextmanager
-    def _naming_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise ValueError(f"{self.name} is damaged or truncated: {error}") from error
-
     def _show(self, image: Image.Image, mark: int) -> None:
-        with self._naming_damage():
+        with damage_named(self.name):
             image.seek(mark)
         self._check_frame(*image.size)
-        with self._naming_damage():
+        with damage_named(self.name):
             image.load()
 
     def _index(self) -> None:
@@ -389,7 +383,7 @@ class AnimationFile(VideoFile):
         with self._animation() as image:
             # The first picture of an APNG may be for those who know no animations, and no frame of it.
             first = 1 if image.info.get("default_image") else 0
-            with self._naming_damage():
+            with damage_named(self.name):
                 self._marks, self._keys = list(range(first, getattr(image, "n_frames", 1))), []
             for mark in self._marks:
                 self._show(image, mark)
