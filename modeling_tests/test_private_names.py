@@ -33,6 +33,8 @@ CONTRACT = {
     # HfQuantizer
     "_dequantize",
     "_process_model_before_weight_loading",
+    # PreTrainedModel, with which composite models build their parts
+    "_from_config",
     # torch.nn.Module
     "_apply",
     # ProcessorMixin: Transformers and vLLM call it by this name

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .cache_longllava import LongLLaVACache
-from .checkpoint_longllava import register_expert_conversion
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext
 from .image_processing_longllava import LazyPixelValues, LongLLaVAImageProcessor
-from .int8_longllava import LongLLaVAInt8Config, register_quantization
+from .int8_longllava import LongLLaVAInt8Config
 from .modeling_longllava import LongLLaVAForConditionalGeneration, LongLLaVAModel
 from .modeling_longllava_text import LongLLaVAForCausalLM, LongLLaVATextModel
 from .processing_longllava import LongLLaVAProcessor
@@ -45,8 +44,6 @@ def _register() -> None:
     image_processors: dict[str, type] = {"pil": LongLLaVAImageProcessor, "torchvision": LongLLaVAImageProcessor}
     AutoImageProcessor.register(LongLLaVAConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
-    register_expert_conversion()
-    register_quantization()
 
 
 _register()

@@ -5,6 +5,7 @@ activations. It need not be installed; it is imported with the first layer of it
 """
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.core_model_loading import ConversionOps
 
-from .compat_longllava import move_hook
+from .compat_longllava import is_instance, move_hook
 from .grouped_linear_longllava import quantize_rows
 from .int8_longllava import LongLLaVAInt8Quantize, dense_linear, int8_linear
 
@@ -106,12 +107,12 @@ class BlockwiseWeight:
 @functools.cache
 def _bitsandbytes_layers() -> dict[type, type]:
     """Bitsandbytes' linear layers, and what [`use_own_products`] makes of them."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    layers: Any = importlib.import_module("bitsandbytes.nn")
 
-    class LongLLaVABnbInt8Linear(Linear8bitLt):
+    class LongLLaVABnbInt8Linear(layers.Linear8bitLt):
         """Bitsandbytes' int8 layer, with its parameters, but for its product: see [`use_own_products`]."""
 
-        def __init__(self, layer: Linear8bitLt):
+        def __init__(self, layer: Any):
             state, has_bias = layer.state, layer.bias is not None
             options = (has_bias, state.has_fp16_weights, state.threshold, layer.index)
             super().__init__(layer.in_features, layer.out_features, *options, device="meta")
@@ -121,10 +122,10 @@ def _bitsandbytes_layers() -> dict[type, type]:
             weight, scale = int8_parts(self)  # type: ignore[misc]
             return int8_linear(hidden_states, weight, scale, self.bias)
 
-    class LongLLaVABnb4bitLinear(Linear4bit):
+    class LongLLaVABnb4bitLinear(layers.Linear4bit):
         """Bitsandbytes' 4-bit layer, with its parameters, but for its product on a CPU: see [`use_own_products`]."""
 
-        def __init__(self, layer: Linear4bit):
+        def __init__(self, layer: Any):
             options = {"compute_dtype": layer.compute_dtype, "quant_storage": layer.quant_storage, "device": "meta"}
             super().__init__(layer.in_features, layer.out_features, layer.bias is not None, **options)
             weight: Any = layer.weight
@@ -140,7 +141,7 @@ def _bitsandbytes_layers() -> dict[type, type]:
 
     for layer in (LongLLaVABnbInt8Linear, LongLLaVABnb4bitLinear):
         layer.__qualname__ = layer.__name__
-    return {Linear8bitLt: LongLLaVABnbInt8Linear, Linear4bit: LongLLaVABnb4bitLinear}
+    return {layers.Linear8bitLt: LongLLaVABnbInt8Linear, layers.Linear4bit: LongLLaVABnb4bitLinear}
 
 
 def __getattr__(name: str) -> Any:
@@ -186,11 +187,11 @@ def row_quantizer(operation: ConversionOps | None) -> tuple[Callable, Callable] 
         a function from rows to their int8 values and scales, and one from the name, the values and the scales of all
         rows to what the operation returns.
     """
-    if isinstance(operation, LongLLaVAInt8Quantize):
+    if is_instance(operation, LongLLaVAInt8Quantize):
         return quantize_rows, lambda name, values, scales: {name: values, f"{name}_scale": scales}
     if type(operation).__name__ != "Bnb8bitQuantize":
         return None
-    import bitsandbytes as bnb
+    bnb = importlib.import_module("bitsandbytes")
 
     def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return bnb.functional.int8_vectorwise_quant(rows.contiguous().half())[:2]

@@ -72,12 +72,11 @@ def causal_conv1d(
     # A kernel of width k sees k - 1 tokens of the past; the state holds one more, as Transformers' caches do.
     past = None if initial_state is None else initial_state[..., 1:].to(x.dtype)
     if _knows_causal_conv1d(x, conv1d, has_both=past is not None and seq_idx is not None):
-        from causal_conv1d import causal_conv1d_fn
-
         # Channels last, which the package demands wherever there is a past or a boundary.
         x, past = (None if t is None else t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, past))
         index = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-        return causal_conv1d_fn(x, conv1d.weight.squeeze(1), conv1d.bias, seq_idx=index, initial_states=past)
+        kernels = importlib.import_module("causal_conv1d")
+        return kernels.causal_conv1d_fn(x, conv1d.weight.squeeze(1), conv1d.bias, seq_idx=index, initial_states=past)
     if past is None:
         past = x.new_zeros(*x.shape[:2], width - 1)
     if seq_idx is None:

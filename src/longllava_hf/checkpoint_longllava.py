@@ -37,7 +37,13 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
 from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
-from .configuration_longllava import LongLLaVATextConfig, hub_arguments, locate_vision_tower, named_errors
+from .configuration_longllava import (
+    LongLLaVATextConfig,
+    has_own_decoder,
+    hub_arguments,
+    locate_vision_tower,
+    named_errors,
+)
 from .files_longllava import all_or_nothing, finish_save, has_unfinished_save
 from .int8_longllava import bits_of, check_device_memory, prepare_quantization, stored_quantization
 
@@ -113,7 +119,7 @@ class SplitExperts(ConversionOps):
         return StackExperts()
 
 
-def register_expert_conversion() -> None:
+def _register_expert_conversion() -> None:
     """Tell Transformers that experts are stored one by one and used stacked. Saving undoes it."""
     converters: list[Any] = [
         LazyWeightConverter(
@@ -137,7 +143,7 @@ def _name_pairs(config: PreTrainedConfig) -> list[tuple[str, str]]:
     ]
     projector = [("", "linear_1.")] if is_linear else [("0.", "linear_1."), ("2.", "linear_2.")]
     pairs += [(f"model.mm_projector.{old}", f"model.multi_modal_projector.{new}") for old, new in projector]
-    if isinstance(text_config, LongLLaVATextConfig):  # where a dense layer's MLP is an only expert
+    if has_own_decoder(config):  # where a dense layer's MLP is an only expert
         for i, experts in enumerate(text_config.layers_num_experts):
             pairs.append((f".layers.{i}.moe.{'experts.0.' if experts == 1 else ''}", f".layers.{i}.feed_forward."))
     if text_config is not config:
@@ -390,6 +396,9 @@ def _finish_save(name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     if earlier is not None:
         overrides = {key: value for key, value in config.to_dict().items() if value != earlier.get(key)}
         kwargs["config"] = type(config).from_pretrained(folder, **overrides)
+
+
+_register_expert_conversion()
 
 
 class PublishedPreTrainedModel(PreTrainedModel):

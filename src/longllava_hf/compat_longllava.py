@@ -7,6 +7,8 @@ is not public in them. Neither is named in any other file.
 |---|---|---|---|---|
 | `CACHE`, `as_cache`, `get_cache`, `take_cache`, `accepts_cache` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 | both names on every release | - |
 | `recurrent_states` | `Cache.get_conv_state`; before, attributes of a layer | 5.20 | 5.17 has the attributes alone | - |
+| `is_instance` | `dynamic_module_utils`, which imports code from the Hub for each Auto class | all | a checkpoint that carries its code | none |
+| `align_module_device` | accelerate's, or nothing where that is not installed | all | Transformers does not need accelerate | - |
 | `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
 | `capture_outputs`, `OutputRecorder`, `merge_with_config_defaults` | what Transformers' own models are decorated with | all | hidden states, attentions, router logits | none for packages |
 | `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks for a decorator in the file of a model's class | all | the whole model, and a user's subclass, have files of their own; what is not settable is passed over in silence | none |
@@ -23,6 +25,7 @@ is not public in them. Neither is named in any other file.
 | `merge_processor_kwargs` | `ProcessorMixin._merge_kwargs` | 5.17 to 5.24 | which keyword argument is the tokenizer's and which the image processor's, with the tokenizer's own defaults | none; its first argument is optional since 5.2x |
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -30,7 +33,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
@@ -38,9 +40,18 @@ from transformers.core_model_loading import WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils import find_adapter_config_file, is_accelerate_available, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+
+if is_accelerate_available():
+    from accelerate.hooks import add_hook_to_module
+    from accelerate.utils import align_module_device
+else:  # then nothing keeps weights elsewhere
+
+    def align_module_device(module: nn.Module) -> contextlib.AbstractContextManager:  # type: ignore[misc]
+        return contextlib.nullcontext()
 
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -103,6 +114,14 @@ def recurrent_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None,
         return cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
     layer: Any = cache.layers[layer_idx]
     return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else (None, None)
+
+
+def is_instance(value: Any, cls: type) -> bool:
+    """
+    As `isinstance`, by the name of the class. Code that comes with a checkpoint is imported for each of the Auto classes anew,
+    so its classes may exist several times in one process.
+    """
+    return any(base.__name__ == cls.__name__ for base in type(value).__mro__)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -202,8 +221,8 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 __all__ = [
     "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
-    "TorchDispatchMode", "accepts_cache", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
-    "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "merge_processor_kwargs",
+    "TorchDispatchMode", "accepts_cache", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
+    "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "is_instance", "merge_processor_kwargs",
     "merge_with_config_defaults", "move_hook", "recurrent_states", "save_registered_names", "should_convert_module",
     "take_adapter", "take_cache",
 ]  # fmt: skip

@@ -323,7 +323,9 @@ class LongLLaVAConfig(PreTrainedConfig):
             self.vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
         if not isinstance(self.text_config, PreTrainedConfig):
             text_config = {"model_type": LongLLaVATextConfig.model_type, **(self.text_config or {})}
-            self.text_config = AutoConfig.for_model(**text_config)
+            # Without the Auto classes, which know nothing of it where the code comes with the checkpoint.
+            is_own = text_config["model_type"] == LongLLaVATextConfig.model_type
+            self.text_config = (LongLLaVATextConfig if is_own else AutoConfig.for_model)(**text_config)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         self.validate_decoder()  # here too, as what the validation after this raises is no `ValueError`
@@ -403,6 +405,11 @@ class LlavaJambaConfig(LongLLaVAConfig):
     """Of the authors' checkpoints. Never instantiated: reading one gives a [`LongLLaVAConfig`]."""
 
     model_type = "llava_jamba"
+
+
+def has_own_decoder(config: PreTrainedConfig) -> bool:
+    """Whether a model's decoder is LongLLaVA's own, and not another one that Transformers knows."""
+    return config.get_text_config().model_type == LongLLaVATextConfig.model_type
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -496,7 +503,7 @@ def native_to_published(config: LongLLaVAConfig, vision_tower: str) -> dict[str,
         ValueError: where the decoder is not LongLLaVA's own, or its layer types are not periodic, which that layout
             cannot say.
     """
-    if not isinstance(config.text_config, LongLLaVATextConfig):
+    if not has_own_decoder(config):
         raise ValueError(
             f"Only a `{LongLLaVATextConfig.model_type}` decoder has a published layout, but this model's is"
             f" `{config.text_config.model_type}`."

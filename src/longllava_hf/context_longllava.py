@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from .cache_longllava import cache_rows, cached_length, is_empty, layer_tensors, restored_on_error
 from .compat_longllava import execution_device
-from .configuration_longllava import LongLLaVATextConfig
+from .configuration_longllava import has_own_decoder
 from .files_longllava import atomic_write
 from .identity_longllava import hash_tensor, is_finite, model_fingerprint, processor_fingerprint
 
@@ -413,7 +413,7 @@ def _problem_of_layer(layer: Any, tensors: dict[str, torch.Tensor], ids: torch.T
         keys = shapes.get("keys", (0, 0, 0, 0))
         positions = keys[2] if isinstance(layer, DynamicSlidingWindowLayer) and len(keys) == 4 else length
         expected |= {name: (rows, *keys[1:2], positions, *shapes.get(name, keys)[3:]) for name in ("keys", "values")}
-    is_own = isinstance(config, LongLLaVATextConfig)
+    is_own = has_own_decoder(config)
     if is_own and expected:
         head_dim = config.hidden_size // config.num_attention_heads
         expected = dict.fromkeys(expected, (rows, config.num_key_value_heads, length, head_dim))

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import nn
 
 from .bitsandbytes_longllava import BlockwiseWeight, RecomputedLinear, int8_parts, is_blockwise
-from .compat_longllava import has_forward_pre_hooks
+from .compat_longllava import align_module_device, has_forward_pre_hooks
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, routed_mlp_triton, scaled_linear
 
 

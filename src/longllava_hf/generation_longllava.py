@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
 from .compat_longllava import CACHE, EXPANDS_ENCODER_OUTPUTS, accepts_cache, as_cache, execution_device, take_cache
-from .configuration_longllava import LongLLaVATextConfig
+from .configuration_longllava import has_own_decoder
 from .context_longllava import LongLLaVAContext
 from .identity_longllava import hash_image
 from .image_processing_longllava import LazyPixelValues
@@ -329,7 +329,7 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             positions = (prompt.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             prompt = dataclasses.replace(prompt, position_ids=positions[:, positions.shape[1] - length :])
         if chunk_size is None:
-            is_own = isinstance(self.config.get_text_config(), LongLLaVATextConfig)
+            is_own = has_own_decoder(self.config)
             device = execution_device(self.get_input_embeddings())
             chunk_size = default_chunk_size(device.type) if is_own else max(length, 1)
         if chunk_size < 1:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig
+
+from .compat_longllava import align_module_device
 
 
 # Settings that change how a model computes, but not what.

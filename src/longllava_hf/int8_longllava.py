@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compat_longllava import should_convert_module
+from .compat_longllava import is_instance, should_convert_module
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, quantize_rows, scaled_linear
 
 
@@ -181,7 +181,7 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         module, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module), LongLLaVAInt8Linear)
+        return name == "weight" and is_instance(model.get_submodule(module), LongLLaVAInt8Linear)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -198,7 +198,7 @@ class LongLLaVAInt8HfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
-            if isinstance(module, LongLLaVAInt8Linear):
+            if is_instance(module, LongLLaVAInt8Linear):
                 model.set_submodule(name, module.dequantize(dtype or model.dtype))
         return model
 
@@ -354,12 +354,11 @@ def check_device_memory(model: nn.Module, quantization: str | None, device_map: 
     )
 
 
-def register_quantization() -> None:
-    """Tell Transformers of `quant_method: longllava_int8`."""
-    if INT8_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(INT8_METHOD)(LongLLaVAInt8HfQuantizer)
-    if INT8_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(INT8_METHOD)(LongLLaVAInt8Config)
+# Where the code comes with a checkpoint it is imported more than once.
+if INT8_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(INT8_METHOD)(LongLLaVAInt8HfQuantizer)
+if INT8_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(INT8_METHOD)(LongLLaVAInt8Config)
 
 
 __all__ = ["LongLLaVAInt8Config", "LongLLaVAInt8HfQuantizer", "LongLLaVAInt8Linear", "named_quantization"]

@@ -22,8 +22,8 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
-from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache
-from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache, is_instance
+from .configuration_longllava import LongLLaVAConfig, has_own_decoder
 from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, image_batches
 from .identity_longllava import is_finite
 from .image_processing_longllava import LazyPixelValues
@@ -134,7 +134,9 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LongLLaVAMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        # Without the Auto classes, which know nothing of it where the code comes with the checkpoint.
+        build = LongLLaVATextModel._from_config if has_own_decoder(config) else AutoModel.from_config
+        self.language_model = build(config.text_config)
         self.post_init()
 
     @can_return_tuple
@@ -149,8 +151,8 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             [`BaseModelOutputWithPooling`]: the tower's output, its `pooler_output` replaced by one tensor
             `(image tokens, hidden_size)` for each image, ready for the decoder.
         """
-        if isinstance(pixel_values, LazyPixelValues):
-            pixel_values = pixel_values.load()
+        if is_instance(pixel_values, LazyPixelValues):
+            pixel_values = pixel_values.load()  # type: ignore[attr-defined]
         batch_size = self.config.vision_batch_size
         if len(pixel_values) <= batch_size:
             return self._encode_images(pixel_values, **kwargs)
@@ -360,7 +362,7 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
         text_config: Any = self.config.get_text_config()
         if output_router_logits is None:
             output_router_logits = getattr(text_config, "output_router_logits", False)
-        if isinstance(text_config, LongLLaVATextConfig):  # others need not know the word
+        if has_own_decoder(self.config):  # others need not know the word
             kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(
             input_ids=input_ids,

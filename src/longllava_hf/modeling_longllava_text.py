@@ -44,6 +44,7 @@ from .compat_longllava import (
     as_cache,
     attention_and_logsumexp_cpu,
     capture_outputs,
+    is_instance,
     merge_with_config_defaults,
     recurrent_states,
     take_cache,
@@ -452,7 +453,7 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, LongLLaVAInt8Linear):  # quantised weights are read, never drawn
+        if is_instance(module, LongLLaVAInt8Linear):  # quantised weights are read, never drawn
             return
         super()._init_weights(module)
         std = self.config.get_text_config().initializer_range

@@ -23,6 +23,7 @@ One contract, [`selective_scan`], and behind it:
 All but the reference keep, for the backward pass, one state for each block of tokens and compute the others again.
 """
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -54,12 +55,11 @@ def selective_scan_reference(u, delta, A, B, C, D, z, initial_state, seq_idx):
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, initial_state, seq_idx):
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
+    kernels = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     # One dtype for all; step sizes would lose digits in a narrower one.
     x, B, C, z = (t.to(delta.dtype) for t in (u, B, C, z))
     options = {"delta_softplus": True, "return_last_state": True}
-    y, state = selective_scan_fn(x, delta, A.float(), B, C, D.float(), z, **options)
+    y, state = kernels.selective_scan_fn(x, delta, A.float(), B, C, D.float(), z, **options)
     return y.to(u.dtype), state
 
 

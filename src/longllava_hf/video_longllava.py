@@ -340,9 +340,7 @@ def _promised(stream) -> int:
 def _is_cover(stream) -> bool:
     """Whether a stream of video is a picture that comes with music or with a film."""
     if hasattr(stream, "disposition"):
-        from av.stream import Disposition
-
-        return bool(stream.disposition & Disposition.attached_pic)
+        return bool(stream.disposition & type(stream.disposition).attached_pic)
     # An older PyAV does not say.
     return stream.codec_context is not None and stream.codec_context.name in _COVERS and not stream.average_rate
 
