@@ -70,9 +70,7 @@ class BlockwiseWeight:
     """
 
     def __init__(self, weight: Any, groups: int = 1):
-        import bitsandbytes.functional
-
-        self.functional = bitsandbytes.functional
+        self.functional = importlib.import_module("bitsandbytes.functional")
         self.state = state = weight.quant_state
         rows, columns = state.shape
         self.shape = torch.Size((groups, rows // groups, columns))

@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `convert`, `verify`, `plan` and `info`."""
+"""The command line: `longllava ask`, `chat`, `convert`, `export`, `verify`, `plan` and `info`."""
 
 import argparse
 import io
@@ -26,6 +26,7 @@ from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint
+from .hub import export_checkpoint
 from .image_processing_longllava import open_picture
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
@@ -363,6 +364,10 @@ def verify(arguments: argparse.Namespace) -> None:
         print("whole")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    print(f"Wrote {export_checkpoint(arguments.source, arguments.destination)}")
+
+
 def describe_model(name: str) -> dict[str, Any]:
     """What a checkpoint is, from its configuration alone."""
     config = LongLLaVAConfig.from_pretrained(name)
@@ -492,6 +497,10 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("source", help="folder or Hub id"),
         _option("destination", help="folder that does not exist yet"),
         _option("--to", choices=["native", "published"], default="native"),
+    ]),
+    (export, "A folder for the Hub: the checkpoint in the native layout, with the code that runs it.", [
+        _option("source", help="folder or Hub id"),
+        _option("destination", help="folder that does not exist yet"),
     ]),
     (verify, "Whether a kept context or a checkpoint is whole, and what is wrong with it if not.", [
         _option("path", help="file of a context, or folder of a checkpoint"),

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import initialization as init
@@ -41,6 +40,7 @@ from .compat_longllava import (
     OutputRecorder,
     SettableExperts,
     accepts_cache,
+    align_module_device,
     as_cache,
     attention_and_logsumexp_cpu,
     capture_outputs,

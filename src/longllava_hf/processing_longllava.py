@@ -52,8 +52,6 @@ _OWN_KWARGS = ("image_processor", "tokenizer", "chat_template", "num_frames", "r
 # The piece of Jamba's vocabulary that becomes the image token: reserved, and so never met in training.
 _RESERVED_PIECE = "<|reserved_0|>"
 
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-
 
 def add_image_token(tokenizer: PreTrainedTokenizerFast, image_token: str) -> PreTrainedTokenizerFast:
     """
@@ -87,6 +85,11 @@ class ChatTemplateError(ValueError):
     """A conversation that a chat template refuses."""
 
 
+def default_chat_template() -> str:
+    """The one that is installed with this package. Checkpoints have it too, and those that carry their code no other."""
+    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+
+
 class LongLLaVAProcessor(ProcessorMixin):
     r"""
     Pictures, videos and text to what [`LongLLaVAForConditionalGeneration`] takes.
@@ -112,7 +115,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         tokenizer = add_image_token(tokenizer, self.image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.num_frames = num_frames
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or default_chat_template())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -496,4 +499,4 @@ def _flatten_videos(videos) -> list:
     )
 
 
-__all__ = ["CHAT_TEMPLATE", "LongLLaVAProcessor"]
+__all__ = ["LongLLaVAProcessor", "default_chat_template"]
