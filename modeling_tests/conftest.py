@@ -31,9 +31,9 @@ KINDS = ("moe", "dense")
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "hub" in item.keywords and os.environ.get("HF_HUB_OFFLINE") == "1":
+        if item.get_closest_marker("hub") and os.environ.get("HF_HUB_OFFLINE") == "1":
             item.add_marker(pytest.mark.skip(reason="HF_HUB_OFFLINE=1"))
 
 
