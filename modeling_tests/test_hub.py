@@ -17,14 +17,14 @@ from longllava_hf.hub import AUTO_MAP, code_files, export_checkpoint
 
 REPO_ID = "someone/longllava-tiny"
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# What must not be needed, by what its files begin with.
-ABSENT = ("longllava", "__editable__", "av", "bitsandbytes", "mamba_ssm", "causal_conv1d", "accelerate", "peft")
+# What must not be needed.
+ABSENT = ("longllava_hf", "av", "bitsandbytes", "mamba_ssm", "causal_conv1d", "accelerate", "peft")
 
 CODE = """
 import importlib.util, json, sys
 sys.path.append(sys.argv[1])
-name, examples, folder = sys.argv[2:5]
-assert not [p for p in ("longllava_hf", "av", "bitsandbytes", "accelerate", "peft") if importlib.util.find_spec(p)]
+name, examples, order, *absent = sys.argv[2:]
+assert not [p for p in absent if importlib.util.find_spec(p)]
 import torch, transformers
 from transformers import AutoConfig, AutoProcessor, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -32,13 +32,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 trust = {"trust_remote_code": True}
 found = {}
 names = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"]
-if folder == "processor first":
+if order == "processor first":
     processor = AutoProcessor.from_pretrained(name, **trust)
 classes = {n: getattr(transformers, n).from_pretrained(name, **trust) for n in names if hasattr(transformers, n)}
 found["classes"] = {n: type(model).__name__ for n, model in classes.items()}
 found["config"] = type(AutoConfig.from_pretrained(name, **trust)).__name__
 found["image_processor"] = type(AutoImageProcessor.from_pretrained(name, **trust)).__name__
-if folder != "processor first":
+if order != "processor first":
     processor = AutoProcessor.from_pretrained(name, **trust)
 model = classes["AutoModelForImageTextToText"]
 pictures = [{"type": "image", "url": f"{examples}/{n}.png"} for n in ("three", "seven")]
@@ -84,8 +84,8 @@ def environment(tmp_path_factory) -> Path:
     """All installed packages but [`ABSENT`]."""
     folder = tmp_path_factory.mktemp("environment")
     for entry in Path(site.getsitepackages()[0]).iterdir():
-        is_absent = entry.name.startswith(ABSENT[:2]) or entry.name.split("-")[0].split(".")[0] in ABSENT
-        if not is_absent and entry.suffix != ".pth":
+        is_absent = entry.name.split("-")[0].split(".")[0] in ABSENT
+        if not is_absent and not entry.name.startswith("__editable__") and entry.suffix != ".pth":
             (folder / entry.name).symlink_to(entry)
     return folder
 
@@ -115,7 +115,7 @@ def test_the_hub_code_needs_nothing_of_this_package(exported, environment, tmp_p
     (repository / "snapshots" / commit).symlink_to(exported, target_is_directory=True)
     name = str(exported) if order == "folder" else REPO_ID
     (tmp_path / "run.py").write_text(CODE)
-    arguments = [sys.executable, "-I", "-S", "run.py", str(environment), name, str(EXAMPLES), order]
+    arguments = [sys.executable, "-I", "-S", "run.py", str(environment), name, str(EXAMPLES), order, *ABSENT]
     variables = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for variable in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "PYTHONPATH"):
         variables.pop(variable, None)

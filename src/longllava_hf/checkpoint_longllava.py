@@ -132,6 +132,9 @@ def _register_expert_conversion() -> None:
     register_checkpoint_conversion_mapping(LongLLaVATextConfig.model_type, converters, overwrite=True)
 
 
+_register_expert_conversion()
+
+
 def _name_pairs(config: PreTrainedConfig) -> list[tuple[str, str]]:
     """Parts of the authors' names, and what they are in native ones."""
     text_config, is_linear = config.get_text_config(), getattr(config, "projector_type", None) == "linear"
@@ -396,9 +399,6 @@ def _finish_save(name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     if earlier is not None:
         overrides = {key: value for key, value in config.to_dict().items() if value != earlier.get(key)}
         kwargs["config"] = type(config).from_pretrained(folder, **overrides)
-
-
-_register_expert_conversion()
 
 
 class PublishedPreTrainedModel(PreTrainedModel):

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from . import TINY, __version__
 from .causal_conv1d_longllava import is_installed
-from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .configuration_longllava import LongLLaVAConfig, has_own_decoder
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint
 from .hub import export_checkpoint
@@ -384,7 +384,7 @@ def describe_model(name: str) -> dict[str, Any]:
         "picture size": f"{vision.image_size} pixels, patches of {vision.patch_size}",
         "image token id": config.image_token_id,
     }
-    if isinstance(text, LongLLaVATextConfig):
+    if has_own_decoder(config):
         attention = [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"]
         experts = sum(n > 1 for n in text.layers_num_experts)
         head_dim, a_token = text.hidden_size // text.num_attention_heads, f"{text.num_experts_per_tok} a token"

@@ -29,7 +29,7 @@ from .checkpoint_longllava import (
     to_published_name,
 )
 from .configuration_longllava import LongLLaVAConfig, locate_vision_tower, native_to_published
-from .files_longllava import atomic_write, finish_save, hash_file, locked, settle, sync, write_errors
+from .files_longllava import atomic_write, finish_save, hash_file, locked, settle, sync, write_errors, write_json
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .processing_longllava import LongLLaVAProcessor
 
@@ -40,11 +40,6 @@ _PROGRESS_FILE = "conversion.json"
 _TOWER_FOLDER = "vision_tower"
 # Weights, whether they are those that are converted or an earlier state's.
 _WEIGHTS_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|.+\.index\.json")
-
-
-def _write_json(file: Path, content: dict) -> None:
-    with atomic_write(file) as temporary:
-        Path(temporary).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check(source: str, files: list[str], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
@@ -230,7 +225,7 @@ def _convert_shards(
         return to_published_name(native, config) if job["to"] == "published" else native
 
     finished, progress = _resume(partial, job), partial / _PROGRESS_FILE
-    _write_json(progress, {"job": job, "finished": finished})
+    write_json(progress, {"job": job, "finished": finished})
     total = len(files) + (not has_tower)
     weight_map, total_size = {}, 0
     shards: list[Path | None] = [*files] if has_tower else [*files, None]
@@ -244,11 +239,11 @@ def _convert_shards(
                 save_file(contents, temporary, metadata={"format": "pt"})
             del contents
             finished[shard] = {"size": (partial / shard).stat().st_size, "sha256": hash_file(partial / shard)}
-            _write_json(progress, {"job": job, "finished": finished})
+            write_json(progress, {"job": job, "finished": finished})
         total_size += finished[shard]["size"]
     if total > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(partial / "model.safetensors.index.json", index)
+        write_json(partial / "model.safetensors.index.json", index)
     return finished
 
 
@@ -265,7 +260,7 @@ def _write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: st
             # Only a Hub id means the same everywhere: put the tower beside the weights.
             tower = f"./{_TOWER_FOLDER}"
             _write_tower(partial, config)
-        _write_json(partial / "config.json", native_to_published(config, tower))
+        write_json(partial / "config.json", native_to_published(config, tower))
         for name in ("processor_config.json", "preprocessor_config.json"):
             (partial / name).unlink(missing_ok=True)
         return

@@ -183,6 +183,12 @@ def atomic_write(file: str | os.PathLike) -> Iterator[str]:
         sync(target.parent)
 
 
+def write_json(file: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write a file of JSON as [`atomic_write`] does; raises what that raises."""
+    with atomic_write(file) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _superseded(target: Path, names: set[str]) -> list[Path]:
     """Weights of an earlier save to a folder, in other shards than those just saved."""
     stems = {found[1] for name in names if (found := _WEIGHTS.fullmatch(name))}
@@ -266,4 +272,6 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         _move_in(target)
 
 
-__all__ = ["all_or_nothing", "atomic_write", "finish_save", "hash_file", "locked", "settle", "sync", "write_errors"]
+__all__ = [
+    "all_or_nothing", "atomic_write", "finish_save", "hash_file", "locked", "settle", "sync", "write_errors", "write_json",
+]  # fmt: skip

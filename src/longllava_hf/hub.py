@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .convert import convert_checkpoint
-from .files_longllava import atomic_write, settle, sync, temporary_folder, write_errors
+from .files_longllava import settle, sync, temporary_folder, write_errors, write_json
 
 
 # What the Auto classes find under their names.
@@ -34,13 +34,13 @@ def code_files() -> list[Path]:
 
 def _add_auto_maps(folder: Path) -> None:
     """To the configuration and the processors, each of which is asked for what it is itself."""
-    for name in ("config.json", "processor_config.json"):
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        settings["auto_map"] = AUTO_MAP if name == "config.json" else {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-        if name == "processor_config.json":
-            settings["image_processor"]["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
-        with atomic_write(folder / name) as temporary:
-            Path(temporary).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file = folder / "config.json"
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "auto_map": AUTO_MAP})
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    settings["image_processor"]["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
+    write_json(file, settings)
 
 
 def export_checkpoint(source: str, destination: str) -> Path:

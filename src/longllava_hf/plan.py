@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cache_longllava import LongLLaVACache, PreallocatedLayer, layer_tensors
 from .compat_longllava import TorchDispatchMode
-from .configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
+from .configuration_longllava import LongLLaVAConfig, has_own_decoder
 from .files_longllava import atomic_write
 from .generation_longllava import default_chunk_size
 from .grouped_linear_longllava import planned_device
@@ -183,9 +183,9 @@ class MemoryPlanner:
         self._plans: dict[int, MemoryPlan] = {}
 
     def _smallest_config(self) -> LongLLaVAConfig:
-        text = self.config.get_text_config()
-        if not isinstance(text, LongLLaVATextConfig):
+        if not has_own_decoder(self.config):
             return self.config
+        text = self.config.get_text_config()
         kinds = list(zip(text.layer_types, text.layers_num_experts))
         layers = max(kinds.index(kind) for kind in set(kinds)) + 1
         config = copy.deepcopy(self.config)
