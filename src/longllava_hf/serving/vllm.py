@@ -55,7 +55,9 @@ class LongLLaVAProcessingInfo(BaseProcessingInfo):
     def get_hf_config(self) -> LongLLaVAConfig:
         return self.ctx.get_hf_config(LongLLaVAConfig)
 
-    def get_hf_processor(self, **kwargs: object) -> LongLLaVAProcessor:
+    def get_hf_processor(self, **kwargs: Any) -> LongLLaVAProcessor:
+        if pinpoints := kwargs.get("image_grid_pinpoints"):  # settings are hashed
+            kwargs["image_grid_pinpoints"] = [tuple(pair) for pair in pinpoints]
         return self.ctx.get_hf_processor(LongLLaVAProcessor, **kwargs)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
