@@ -26,7 +26,7 @@ import longllava_hf
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
 from longllava_hf.checkpoint_longllava import expected_shapes, has_vision_tower
 from longllava_hf.convert import convert_checkpoint
-from longllava_hf.serving.vllm_plugin import VLLM_PREFIXES, to_vllm_name
+from longllava_hf.serving.vllm_plugin import to_vllm_name
 
 from .conftest import KINDS, golden, published
 
@@ -215,7 +215,10 @@ def test_a_conversation_with_pictures_between_its_texts(llm, expected):
     first, second = {"type": "image", "image": picture(0)}, {"type": "image", "image": picture(1)}
     messages = [
         {"role": "system", "content": "Answer with one digit."},
-        {"role": "user", "content": [{"type": "text", "text": "This:"}, first, {"type": "text", "text": "or"}, second]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "This:"}, first, {"type": "text", "text": "or"}, second],
+        },
         {"role": "assistant", "content": "3"},
         {"role": "user", "content": [{"type": "text", "text": "And now?"}, second]},
     ]
@@ -259,6 +262,25 @@ def test_what_does_not_fit_is_refused(llm, tiny_processor):
     split = [tiny_processor.tokenizer.convert_tokens_to_ids(letter) for letter in "which"]
     with pytest.raises(ValueError, match="token ids must be those that the tokenizer makes of its text"):
         llm.generate([{"prompt_token_ids": ids + split, **image}], use_tqdm=False)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_questions_about_the_same_pictures(llm, expected):
+    """What was read of them is found again, or read again, by vLLM's prefix caching, which is on by default."""
+    for question in ("Which digit is the first picture?", "Which digit is the second picture?") * 2:
+        messages = conversation(8, question, seed=40)
+        (output,) = llm.chat(with_pil(messages), sampling(), use_tqdm=False)
+        assert_same(output, expected(messages))
+
+
+@needs_vllm
+@pytest.mark.gpu
+def test_int8_experts(tiny_processor):
+    """vLLM's own, which has no kernel for a CPU."""
+    llm = start(longllava_hf.TINY, quantization="int8_per_channel_weight_only", dtype="bfloat16")
+    (output,) = llm.chat(with_pil(conversation(1, "Which digit is this?")), use_tqdm=False)
+    assert output.outputs[0].text == "3"
 
 
 @needs_vllm

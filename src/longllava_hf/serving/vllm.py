@@ -147,7 +147,8 @@ class LongLLaVAMultiModalProcessor(BaseMultiModalProcessor[LongLLaVAProcessingIn
 
         def inside(item: Any, grids: Any = None) -> PromptUpdateDetails:
             """A picture's or film's first image token, its last one, and what is between them."""
-            (text,) = sum(processor._replacements([item], grids, per_tile), [])
+            images, videos = processor._replacements([item], grids, per_tile)
+            (text,) = images + videos
             ids = processor.tokenizer.encode(text, add_special_tokens=False)
             ids = ids[ids.index(token) : len(ids) - ids[::-1].index(token)]
             return PromptUpdateDetails.select_token_id(ids, token)

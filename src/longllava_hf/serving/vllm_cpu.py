@@ -102,7 +102,12 @@ def selective_state_update_cpu(
     if state.ndim == 4:
         arguments = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, dst_state_batch_indices)
         return _state_update(*arguments, null_block_id, out, num_accepted_tokens, cu_seqlens)
-    if not dt_softplus or num_accepted_tokens is not None or cu_seqlens is not None or state_batch_indices.numel() != len(x):
+    if (
+        not dt_softplus
+        or num_accepted_tokens is not None
+        or cu_seqlens is not None
+        or state_batch_indices.numel() != len(x)
+    ):
         raise NotImplementedError("On a CPU, only the step that vLLM's Mamba-1 layers ask for is there.")
     read, written = (slots.flatten().long() for slots in (state_batch_indices, dst_state_batch_indices))
     is_sequence = read != null_block_id
@@ -129,7 +134,9 @@ class PaddedAttention(Attention):
 
     def forward(self, query, key, value):
         """All of shape `(tokens, heads * head_size)`, each with its own number of heads."""
-        query, key, value = (F.pad(x.unflatten(-1, (-1, self.unpadded_size)), (0, self.padding)) for x in (query, key, value))
+        query, key, value = (
+            F.pad(x.unflatten(-1, (-1, self.unpadded_size)), (0, self.padding)) for x in (query, key, value)
+        )
         output = super().forward(query.flatten(1), key.flatten(1), value.flatten(1))
         return output.unflatten(-1, (self.num_heads, -1))[..., : self.unpadded_size].flatten(1)
 

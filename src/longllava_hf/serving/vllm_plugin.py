@@ -4,8 +4,6 @@ What vLLM runs at the start of each of its processes: the entry point `longllava
 It says which module has the model; that is imported when a LongLLaVA is served.
 """
 
-import re
-
 from ..checkpoint_longllava import published_names, to_native_name
 from ..configuration_longllava import LongLLaVAConfig
 
@@ -32,7 +30,7 @@ def to_vllm_name(name: str, config: LongLLaVAConfig) -> str:
     native = to_native_name(name, published_names(config))
     for prefix, replacement in VLLM_PREFIXES.items():
         if native.startswith(prefix):
-            return re.sub(f"^{re.escape(prefix)}", replacement, native)
+            return replacement + native.removeprefix(prefix)
     raise ValueError(f"The weight `{name}` belongs to no part of LongLLaVA: expected one of {list(VLLM_PREFIXES)}.")
 
 
