@@ -59,6 +59,10 @@ _DAMAGE = (SafetensorError, UnpicklingError, EOFError)
 _FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
 # What is beside a quantised weight, and never beside another.
 _QUANTIZED_NAME = re.compile(r"\.(SCB|weight_scale|weight\.absmax)$")
+# What quantisers keep beside a weight.
+_BESIDE_A_WEIGHT = re.compile(
+    r"\.(SCB|weight_format|weight_scale|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+)
 
 
 class StackExperts(ConversionOps):
@@ -360,7 +364,7 @@ def check_weights(
         source: the checkpoint's name, for messages.
 
     Returns:
-        names that have no place in the model.
+        names that have no place in the model; what quantisers keep beside a weight has one.
 
     Raises:
         ValueError: listing every weight that is missing or of another shape. A vision tower may be missing as a whole.
@@ -384,7 +388,7 @@ def check_weights(
         raise ValueError(
             f"The weights of `{source}` do not fit {type(model).__name__}. Weights {'. Weights '.join(problems)}."
         )
-    return found.keys() - expected.keys()
+    return {name for name in found.keys() - expected.keys() if not _BESIDE_A_WEIGHT.search(name)}
 
 
 def _finish_save(name: str | os.PathLike, kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `convert`, `export`, `verify`, `plan` and `info`."""
+"""The command line: `longllava ask`, `chat`, `convert`, `hub export`, `hub push`, `verify`, `plan` and `info`."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, has_own_decoder
 from .context_longllava import LongLLaVAContext, context_metadata
 from .convert import convert_checkpoint
-from .hub import export_checkpoint
+from .hub import cards, export_checkpoint, push_checkpoint
 from .image_processing_longllava import open_picture
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
@@ -364,8 +364,13 @@ def verify(arguments: argparse.Namespace) -> None:
         print("whole")
 
 
-def export(arguments: argparse.Namespace) -> None:
-    print(f"Wrote {export_checkpoint(arguments.source, arguments.destination)}")
+def hub_export(arguments: argparse.Namespace) -> None:
+    print(f"Wrote {export_checkpoint(arguments.source, arguments.destination, arguments.card)}")
+
+
+def hub_push(arguments: argparse.Namespace) -> None:
+    commit = push_checkpoint(arguments.source, arguments.repo_id, private=arguments.private or None)
+    print(f"Pushed {commit.repo_url.repo_id}, revision {commit.oid}")
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -498,9 +503,15 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("destination", help="folder that does not exist yet"),
         _option("--to", choices=["native", "published"], default="native"),
     ]),
-    (export, "A folder for the Hub: the checkpoint in the native layout, with the code that runs it.", [
+    (hub_export, "A folder for the Hub: the checkpoint in the native layout, the code that runs it, and a model card.", [
         _option("source", help="folder or Hub id"),
         _option("destination", help="folder that does not exist yet"),
+        _option("--card", help=f"what the card says beside what is computed: {', '.join(cards())}, or a JSON file"),
+    ]),
+    (hub_push, "Put such a folder on the Hub.", [
+        _option("source", help="folder that `longllava hub export` wrote"),
+        _option("repo_id", help="the repository, which is made if there is none"),
+        _option("--private", action="store_true", help="make a private one"),
     ]),
     (verify, "Whether a kept context or a checkpoint is whole, and what is wrong with it if not.", [
         _option("path", help="file of a context, or folder of a checkpoint"),
@@ -537,9 +548,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="longllava", description="Ask LongLLaVA about pictures and videos.", epilog=_EXIT_CODES
     )
     parser.add_argument("--version", action="version", version=f"longllava_hf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    groups = {"": parser.add_subparsers(dest="command", required=True)}
     for function, description, options in _COMMANDS:
-        command = commands.add_parser(function.__name__, help=description, description=description)
+        group, _, name = function.__name__.rpartition("_")
+        if group not in groups:
+            group_parser = groups[""].add_parser(group, help="Commands for the Hub.")
+            groups[group] = group_parser.add_subparsers(dest=f"{group}_command", required=True)
+        command = groups[group].add_parser(name, help=description, description=description)
         command.set_defaults(function=function)
         for name, option in options:
             command.add_argument(name, **option)

@@ -1,15 +1,24 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint that carries its code, for those who have Transformers and not this package."""
+"""The Hub: a checkpoint that carries its code and a card, for those who have Transformers and not this package."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from . import __version__
+from .configuration_longllava import LongLLaVAConfig, has_own_decoder
 from .convert import convert_checkpoint
 from .files_longllava import settle, sync, temporary_folder, write_errors, write_json
+from .int8_longllava import BITS, bits_of, stored_quantization
+from .modeling_longllava import LongLLaVAForConditionalGeneration
+from .plan import MemoryPlan, MemoryPlanner
+from .verify import verify
 
 
 # What the Auto classes find under their names.
@@ -22,6 +31,31 @@ AUTO_MAP = {
     "AutoProcessor": "processing_longllava.LongLLaVAProcessor",
     "AutoImageProcessor": "image_processing_longllava.LongLLaVAImageProcessor",
 }
+
+_CARDS = Path(__file__).parent / "hub_card"
+# The line of a card's quick start that a push replaces, as only then there are a repository and a commit.
+_QUICK_START = 'checkpoint, revision = "path/to/this/folder", None'
+# What a card says beside what is computed, and where nothing is said.
+_CARD_DEFAULTS: dict[str, Any] = {
+    "name": None,
+    "description": "",
+    "question": "What is in this picture?",
+    "license": None,
+    "license_name": None,
+    "license_link": None,
+    "language": None,
+    "base_model": None,
+    "tags": ["longllava"],
+    "datasets": None,
+    "metric": "accuracy",
+    "results": None,
+    "results_note": "",
+    "results_source": {},
+    "limits": [],
+}
+# What memory is planned for.
+_CARD_IMAGES = 1000
+_CARD_MEMORY = int(80e9)
 
 
 def code_files() -> list[Path]:
@@ -43,34 +77,172 @@ def _add_auto_maps(folder: Path) -> None:
     write_json(file, settings)
 
 
-def export_checkpoint(source: str, destination: str) -> Path:
+def cards() -> list[str]:
+    """Checkpoints whose cards come with this package."""
+    return sorted(file.stem for file in _CARDS.glob("*.json"))
+
+
+def _read_card(card: str | None) -> dict[str, Any]:
+    if card is None:
+        return dict(_CARD_DEFAULTS)
+    file = _CARDS / f"{card}.json" if card in cards() else Path(card)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no card `{card}`: expected one of {', '.join(cards())}, or a JSON file.")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The card `{card}` is not JSON: {error}.") from error
+    if not isinstance(facts, dict) or (unknown := sorted(facts.keys() - _CARD_DEFAULTS.keys())):
+        found = unknown if isinstance(facts, dict) else type(facts).__name__
+        raise ValueError(f"The card `{card}` must be an object with keys of {list(_CARD_DEFAULTS)}, but has {found}.")
+    return {**_CARD_DEFAULTS, **facts}
+
+
+def _plan_memory(config: LongLLaVAConfig, dtype: torch.dtype) -> dict[str, MemoryPlan]:
+    """By how the weights are quantised: all ways, or that of a checkpoint that is quantised already."""
+    stored = bits_of(stored_quantization(config))
+    planners = {
+        quantization: MemoryPlanner(config, quantization, dtype=dtype, memory=_CARD_MEMORY)
+        for quantization in (BITS if stored == "none" else [stored])
+    }
+    return {quantization: planner.plan(_CARD_IMAGES) for quantization, planner in planners.items()}
+
+
+def render_card(folder: str | os.PathLike, card: str | None = None) -> ModelCard:
     """
-    A folder to be put on the Hub: the checkpoint in the native layout, and the code that runs it, the same files that are
-    installed. The Auto classes load it with `trust_remote_code=True`, and without it wherever this package is imported.
+    The model card of a checkpoint: front matter, a quick start, memory from [`MemoryPlanner`], parity, results, limits.
+
+    Args:
+        folder (`str` or `os.PathLike`): the checkpoint. Results, if the card has none, are those of its `results.json`, which
+            are a number for each name.
+        card (`str`, *optional*): what cannot be computed: one of [`cards`], or a JSON file like those in `hub_card`.
+
+    Raises:
+        ValueError: for a card that is no JSON, or says what is not known.
+        OSError: without such a card.
+    """
+    facts, folder = _read_card(card), Path(folder)
+    config = LongLLaVAConfig.from_pretrained(folder)
+    name = facts.pop("name") or folder.name
+    results = facts["results"]
+    if results is None and (file := folder / "results.json").is_file():
+        results = json.loads(file.read_text(encoding="utf-8"))
+    task, source = "image-text-to-text", facts["results_source"]
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type="".join(c if c.isalnum() else "-" for c in dataset.lower()).strip("-"),
+            dataset_name=dataset,
+            metric_type=facts["metric"],
+            metric_value=value,
+            source_name=source.get("name"),
+            source_url=source.get("url"),
+        )
+        for dataset, value in (results or {}).items()
+    ]
+    front_matter = {k: facts[k] for k in ("license", "license_name", "license_link", "language", "base_model", "tags")}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        datasets=facts["datasets"],
+        metrics=[facts["metric"]] if results else None,
+        model_name=name,
+        eval_results=evaluations or None,
+        **front_matter,
+    )
+    text_config, is_own = config.get_text_config(), has_own_decoder(config)
+    with torch.device("meta"):
+        parameters = LongLLaVAForConditionalGeneration(config).num_parameters()
+    dtype = torch.float32 if config.dtype in (torch.float32, "float32") else torch.bfloat16
+    return ModelCard.from_template(
+        data,
+        template_path=str(_CARDS / "model_card.md"),
+        name=name,
+        config=config,
+        text_config=text_config,
+        own_decoder=is_own,
+        attention_layers=text_config.layer_types.count("full_attention") if is_own else 0,
+        mamba_layers=text_config.layer_types.count("linear_attention") if is_own else 0,
+        parameters=parameters,
+        quick_start=_QUICK_START,
+        version=__version__,
+        dtype=str(dtype).removeprefix("torch."),
+        memory=_CARD_MEMORY,
+        plans=_plan_memory(config, dtype),
+        evaluations=results,
+        **{k: facts[k] for k in ("description", "question", "metric", "results_note", "limits")},
+    )
+
+
+def export_checkpoint(source: str, destination: str, card: str | None = None) -> Path:
+    """
+    A folder to be put on the Hub: the checkpoint in the native layout, the code that runs it, which are the files that are
+    installed, and a model card. The Auto classes load it with `trust_remote_code=True`, and without it wherever this package
+    is imported.
 
     Args:
         source (`str`): a folder or Hub id, in either layout.
         destination (`str`): a folder that does not exist yet, and appears when it is complete.
+        card (`str`, *optional*): for [`render_card`]. Without it, a `README.md` of the source stays as it is.
 
     Returns:
         `Path`: the new folder.
 
     Raises:
-        ValueError, OSError: as [`convert_checkpoint`].
+        ValueError, OSError: as [`convert_checkpoint`] and [`render_card`].
     """
     target = Path(destination)
     if os.path.lexists(target):
         raise FileExistsError(f"The destination `{target}` exists already.")
+    _read_card(card)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as work, write_errors(target):
-        folder = convert_checkpoint(source, str(work / "checkpoint"))
+        folder = convert_checkpoint(source, str(work / target.name))
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
         _add_auto_maps(folder)
+        if card is not None or not (folder / "README.md").is_file():
+            (folder / "README.md").write_text(f"{render_card(folder, card)}\n", encoding="utf-8")
         settle(folder)
         os.replace(folder, target)
         sync(target.parent)
     return target
 
 
-__all__ = ["AUTO_MAP", "code_files", "export_checkpoint"]
+def push_checkpoint(folder: str, repo_id: str, private: bool | None = None) -> CommitInfo:
+    """
+    Put an exported folder on the Hub, where `huggingface_hub` is logged in. The card comes last, as its quick start names the
+    commit of all the rest.
+
+    Args:
+        folder (`str`): of [`export_checkpoint`].
+        repo_id (`str`): the repository; it is made if there is none.
+        private (`bool`, *optional*): whether a new one is; the default is that of the account or organisation.
+
+    Returns:
+        `CommitInfo`: of weights and code; `oid` is the revision to pin.
+
+    Raises:
+        ValueError: if the folder carries no code, or [`verify`] finds something wrong with it.
+        HfHubHTTPError: for what the Hub refuses.
+    """
+    config, readme = Path(folder) / "config.json", Path(folder) / "README.md"
+    if not config.is_file() or "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
+        raise ValueError(f"`{folder}` carries no code: expected a folder that `longllava hub export` wrote.")
+    if problems := verify(folder)["problems"]:
+        raise ValueError(f"`{folder}` is not pushed: {'; '.join(problems)}")
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, ignore_patterns="README.md", commit_message="Weights and code"
+    )
+    if readme.is_file():
+        quick_start = f'checkpoint, revision = "{repo_id}", "{commit.oid}"'
+        text = readme.read_text(encoding="utf-8").replace(_QUICK_START, quick_start)
+        api.upload_file(
+            repo_id=repo_id, path_or_fileobj=text.encode(), path_in_repo="README.md", commit_message="Model card"
+        )
+    return commit
+
+
+__all__ = ["AUTO_MAP", "cards", "code_files", "export_checkpoint", "push_checkpoint", "render_card"]

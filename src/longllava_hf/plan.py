@@ -296,7 +296,9 @@ class MemoryPlanner:
         if not low.fits:
             return 0
         while high.fits:
-            low, high = high, self._plan(max(2 * high.images, self.config.vision_batch_size))
+            bytes_an_image = max(1, (high.total - low.total) // max(1, high.images - low.images))
+            guess = high.images + (self.memory - high.total) // bytes_an_image + 1
+            low, high = high, self._plan(max(2 * high.images, guess, self.config.vision_batch_size))
         while high.images - low.images > 1:
             share = (self.memory - low.total) / (high.total - low.total)
             guess = low.images + min(max(int(share * (high.images - low.images)), 1), high.images - low.images - 1)

@@ -31,11 +31,6 @@ from .processing_longllava import LongLLaVAProcessor
 # What the Hub's cache calls a large file: by its SHA-256.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# What quantisers keep beside a weight.
-_BESIDE_A_WEIGHT = re.compile(
-    r"\.(SCB|weight_format|weight_scale|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
-)
-
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:
     """
@@ -83,7 +78,7 @@ def _verify_checkpoint(folder: Path) -> dict[str, Any]:
         model = LongLLaVAForConditionalGeneration(config)
     try:
         unexpected = check_weights(model, native, folder)
-        report["without a place"] = sorted(name for name in unexpected if not _BESIDE_A_WEIGHT.search(name))
+        report["without a place"] = sorted(unexpected)
         if not has_vision_tower(native):
             load_vision_tower(config, folder)
     except (OSError, ValueError) as error:
