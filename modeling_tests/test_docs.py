@@ -1,8 +1,9 @@
-"""What the README, the pages and the model card say: their snippets and commands are run, and their links lead somewhere."""
+"""What the README and the pages say: their snippets and commands are run, and their links lead somewhere."""
 
 import ast
 import dataclasses
 import io
+import os
 import re
 import shlex
 import shutil
@@ -21,14 +22,16 @@ from longllava_hf import LIMITS, cli
 
 ROOT = Path(__file__).parents[1]
 FILM, THREE, SEVEN = (str(ROOT / "examples" / name) for name in ("film.mp4", "three.png", "seven.png"))
-PAGES = [ROOT / "README.md", *(ROOT / "hub_card").glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 
 # Read by the tests of what they need, with a server that is running: test_serve.py.
 PYTHON_ELSEWHERE = {"serving.md"}
-# That their options exist is checked all the same. The first two run until they are stopped, the third writes to the Hub,
-# and a plan takes seconds: it is run where a page shows what it prints.
-NOT_RUN = ("serve", "web", "hub push", "plan")
+# Trusts the code of a checkpoint, which would stay in this process.
+APART = {"hub.md"}
+# That their options exist is checked all the same. The first two run until they are stopped, the third writes to the Hub;
+# an export and a plan take seconds, and are run as Python and where a page shows what is printed.
+NOT_RUN = ("serve", "web", "hub", "plan")
 
 # The names that pages give to files, and what they are here.
 FILES = {
@@ -36,7 +39,6 @@ FILES = {
     "film.mp4": FILM,
     "more.mp4": FILM,
     "photo.jpg": THREE,
-    "digit.png": THREE,
     "upside_down.png": SEVEN,
     "examples/film.mp4": FILM,
     "examples/three.png": THREE,
@@ -45,9 +47,8 @@ FILES = {
 MODELS = ("LongLLaVA-9B", "LongLLaVA-53B-A13B", "checkpoint", "published")
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What is done with a block: run as Python, run as commands, run and compared with what is printed, compared with the value
-# before it, or nothing.
-LANGUAGES = ("python", "bash", "console", "text", "bibtex", "")
+# Python and commands are run, of `console` what is printed is compared too, `text` is compared with the value before it.
+LANGUAGES = ("python", "bash", "console", "text", "json", "bibtex", "")
 
 
 def page_id(page: Path) -> str:
@@ -140,6 +141,14 @@ def test_python(page, reader):
     """A block of text after a snippet is its last value."""
     if page.name in PYTHON_ELSEWHERE:
         pytest.skip("run by the test of that server")
+    if page.name in APART:
+        code = "\n".join(code for _, language, code in blocks(page) if language == "python")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(reader / "modules")}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0 and not expected_values(code), run.stderr
+        return
     names: dict = {"__name__": page.stem}
     before, value = "", None
     for line, language, code in blocks(page):
@@ -195,7 +204,7 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / words[0]).is_file(), words
     else:
         # Other programs, of whose options nothing is known here.
-        assert program in ("vllm", "python", "python3"), words
+        assert program in ("hf", "vllm", "python", "python3"), words
 
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=page_id)
