@@ -111,10 +111,10 @@ def test_chat_keeps_what_it_has_seen(capsys, monkeypatch):
 def test_chat_equals_starting_anew(tiny_model, tiny_processor):
     """The second turn on the kept cache is what the whole conversation would have given."""
     arguments = cli.build_parser().parse_args(["chat", "--max-new-tokens", "6"])
-    session = cli.Session(arguments)
+    session = cli.open_session(arguments)
     three, seven = (cli.open_visual(DIGITS[name]) for name in ("three", "seven"))
-    first = session.ask([three], "Which digit is this?", stream=False)["answer"]
-    second = session.ask([seven], "Which digit is the second picture?", stream=False)["answer"]
+    first = session.ask([three], "Which digit is this?")["answer"]
+    second = session.ask([seven], "Which digit is the second picture?")["answer"]
     messages = [
         {"role": "user", "content": [three.block, {"type": "text", "text": "Which digit is this?"}]},
         {"role": "assistant", "content": first},

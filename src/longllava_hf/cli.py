@@ -1,95 +1,40 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `convert`, `hub export`, `hub push`, `verify`, `plan` and `info`."""
+"""The command line: `longllava ask`, `chat`, `web`, `convert`, `hub export`, `hub push`, `verify`, `plan` and `info`."""
 
 import argparse
-import io
 import json
 import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
 
 from . import TINY, __version__
 from .causal_conv1d_longllava import is_installed
 from .configuration_longllava import LongLLaVAConfig, has_own_decoder
-from .context_longllava import LongLLaVAContext, context_metadata
+from .context_longllava import context_metadata
 from .convert import convert_checkpoint
 from .hub import cards, export_checkpoint, push_checkpoint
-from .image_processing_longllava import open_picture
 from .int8_longllava import BITS, QUANTIZATIONS, named_quantization
 from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import SHAPES, MemoryPlanner, draw_plan, published_shape
-from .processing_longllava import DEFAULT_NUM_FRAMES
 from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
-from .sources_longllava import LIMITS, NotAPictureError, NotAVideoError, read_source
+from .session import Session, Visual, open_visual
+from .sources_longllava import LIMITS
 from .verify import verify as verify_path
-from .video_longllava import ANIMATIONS, AnimationFile, VideoFile
 
 
 # To ask the Hub whether it has a model.
 _HUB_SECONDS = 10
-
-
-@dataclass
-class Visual:
-    """A file on the command line, once it is known what it holds."""
-
-    path: str
-    kind: str
-    content: Any
-
-    @property
-    def block(self) -> dict[str, Any]:
-        return {"type": self.kind, self.kind: self.content}
-
-    def describe(self) -> dict[str, Any]:
-        frames = {"frames": len(self.content)} if self.kind == "video" else {}
-        return {"path": self.path, "kind": self.kind, **frames}
-
-
-def open_visual(path: str, num_frames: int | None = None, fps: float | None = None) -> Visual:
-    """
-    A picture or a video, told by its content and not by its name.
-
-    Raises:
-        ValueError: if it is neither, empty or damaged.
-        OSError: if it does not exist.
-    """
-    name, num_frames = f"`{path}`", DEFAULT_NUM_FRAMES if num_frames is None and fps is None else num_frames
-    file = read_source(path)
-    content = file.getvalue() if isinstance(file, io.BytesIO) else path  # what was fetched is fetched once
-    try:
-        with open_picture(content, name) as image:
-            kind, pages = image.format, getattr(image, "n_frames", 1)
-    except NotAPictureError as not_a_picture:
-        try:
-            return Visual(path, "video", VideoFile(content, num_frames=num_frames, fps=fps, name=name))
-        except NotAVideoError as not_a_video:
-            raise ValueError(
-                f"{name} is neither a picture nor a video. As a picture: {not_a_picture} As a video: {not_a_video}"
-            ) from None
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{name} is damaged or truncated: {error}") from error
-    if pages > 1 and kind in ANIMATIONS:
-        return Visual(path, "video", AnimationFile(content, num_frames=num_frames, fps=fps, name=name))
-    if pages > 1 and kind == "TIFF":
-        print(f"{name} has {pages} pages, of which the first is read.", file=sys.stderr)
-    return Visual(path, "image", content)
 
 
 def local_model(name: str) -> str:
@@ -148,106 +93,13 @@ def load_model(arguments: argparse.Namespace) -> Any:
     )
 
 
-class Session:
-    """
-    A model, its processor, and one conversation, of which only what is new is computed each turn.
-
-    Args:
-        arguments (`argparse.Namespace`): of the command line.
-        context (`str`, *optional*): file of a kept context, which the conversation then begins with.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, context: str | None = None):
-        check_device(arguments.device)
-        arguments.model = local_model(arguments.model)
-        self.processor, self.model = AutoProcessor.from_pretrained(arguments.model), load_model(arguments)
-        self.arguments = arguments
-        self.settings = {"lazy": True, **({"patch_strategy": "best_fit"} if arguments.high_resolution else {})}
-        self.context = self.model.new_context()
-        if context is not None:
-            self.context = LongLLaVAContext.load(context, self.model, self.processor)
-            if self.context.metadata.get("last") not in ("image", "video"):
-                raise ValueError(
-                    f"The context `{context}` does not say what it ends with: `longllava` did not keep it."
-                )
-
-    def _prepare(self, content: list[dict[str, Any]]) -> Any:
-        """What the model takes for a message of the user."""
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=self.settings,
-        )
-
-    def _after_visual(self, kind: str, content: list[dict[str, Any]]) -> tuple[torch.Tensor, Any]:
-        """Ids and pictures of a message that goes on after the last image token of a picture or film of that kind."""
-        side = self.processor.image_processor.crop_size["height"]
-        stand_in = Image.new("RGB", (side, side))
-        block = {"type": kind, kind: [stand_in] if kind == "video" else stand_in}
-        alone = int((self._prepare([block])["input_ids"] == self.processor.image_token_id).sum())
-        inputs = self._prepare([block, *content])
-        ids, pixel_values = inputs["input_ids"], inputs["pixel_values"].skip(1)
-        placeholders = (ids[0] == self.processor.image_token_id).nonzero()[:, 0]
-        return ids[:, int(placeholders[alone - 1]) + 1 :], pixel_values if len(pixel_values) else None
-
-    def _line_break(self) -> torch.Tensor:
-        """What stands between an answer and the next turn."""
-        bos = self.processor.tokenizer.bos_token
-        ids = self.processor.tokenizer(f"x\n{bos}", add_special_tokens=False)["input_ids"]
-        return torch.tensor([ids[1:-1]])
-
-    def _new_inputs(self, content: list[dict[str, Any]]) -> tuple[torch.Tensor, Any]:
-        """Ids and pictures of the next message, without what is known already."""
-        if (kind := self.context.metadata.get("last")) is not None:
-            return self._after_visual(kind, content)
-        inputs = self._prepare(content)
-        before = [self._line_break()] if self.context.num_tokens else []
-        return torch.cat([*before, inputs["input_ids"]], dim=1), inputs.get("pixel_values")
-
-    def show(self, visuals: list[Visual]) -> None:
-        """Read pictures and films before anything is asked about them."""
-        ids, pixel_values = self._new_inputs([*(v.block for v in visuals), {"type": "text", "text": "?"}])
-        # Tokens after an image token do not depend on what is before it, so here is where to stop.
-        end = int((ids[0] == self.processor.image_token_id).nonzero()[-1, 0]) + 1
-        ids, chunk_size = ids[:, :end].to(self.model.device), self.arguments.prefill_chunk_size
-        shown = self.context.metadata.get("files", [])
-        with self.context.restored_on_error():
-            self.model.prefill(ids, pixel_values, cache=self.context, prefill_chunk_size=chunk_size)
-            self.context.metadata = {"last": visuals[-1].kind, "files": [*shown, *(v.describe() for v in visuals)]}
-
-    def ask(self, visuals: list[Visual], question: str, stream: bool) -> dict[str, Any]:
-        """Answer one turn; the conversation so far is kept."""
-        started = time.perf_counter()
-        content = [*(visual.block for visual in visuals), {"type": "text", "text": question}]
-        ids, pixel_values = self._new_inputs(content)
-        known = self.context.num_tokens
-        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        files = [*self.context.metadata.get("files", []), *(visual.describe() for visual in visuals)]
-        prepared = time.perf_counter()
-        with torch.inference_mode(), self.context.restored_on_error():
-            output = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                pixel_values=pixel_values,
-                cache=self.context,
-                max_new_tokens=self.arguments.max_new_tokens,
-                prefill_chunk_size=self.arguments.prefill_chunk_size,
-                streamer=streamer if stream else None,
-                do_sample=False,
-            )
-            self.context.metadata = {}
-        generated, answer_ids = time.perf_counter(), output[0, ids.shape[1] :]
-        return {
-            "answer": self.processor.decode(answer_ids, skip_special_tokens=True).strip(),
-            "model": self.arguments.model,
-            "files": files,
-            "context_tokens": known,
-            "prompt_tokens": ids.shape[1],
-            "new_tokens": len(answer_ids),
-            "seconds": {"prepare": round(prepared - started, 3), "generate": round(generated - prepared, 3)},
-        }
+def open_session(arguments: argparse.Namespace, context: str | None = None) -> Session:
+    check_device(arguments.device)
+    arguments.model = local_model(arguments.model)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    names = ("max_new_tokens", "prefill_chunk_size", "high_resolution")
+    settings = {name: getattr(arguments, name) for name in names}
+    return Session(load_model(arguments), processor, **settings, context=context)
 
 
 def open_inputs(paths: list[str], arguments: argparse.Namespace) -> tuple[str | None, list[Visual]]:
@@ -276,6 +128,13 @@ def check_writable(file: str | None) -> None:
         raise OSError(f"`{file}` cannot be written: {error.strerror}, in the folder `{folder}`.") from None
 
 
+def answer(session: Session, visuals: list[Visual], question: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One turn, printed as it comes unless JSON is wanted."""
+    streamer = TextStreamer(session.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = session.ask(visuals, question, None if arguments.json else streamer)
+    return {"answer": result.pop("answer"), "model": arguments.model, **result}
+
+
 def ask(arguments: argparse.Namespace) -> None:
     *paths, question = arguments.inputs
     if not paths and os.path.exists(question):
@@ -284,20 +143,20 @@ def ask(arguments: argparse.Namespace) -> None:
         raise ValueError(f"`{arguments.keep}` exists and is no kept context, so it is not written over.")
     check_writable(arguments.keep)
     context, visuals = open_inputs(paths, arguments)
-    session = Session(arguments, context)
+    session = open_session(arguments, context)
     if arguments.keep is not None:
         if visuals:
             session.show(visuals)
         session.context.save(arguments.keep, session.model, session.processor)
         visuals = []
-    result = session.ask(visuals, question, stream=not arguments.json)
+    result = answer(session, visuals, question, arguments)
     if arguments.json:
         print(json.dumps(result, indent=2))
 
 
 def chat(arguments: argparse.Namespace) -> None:
     context, waiting = open_inputs(arguments.inputs, arguments)
-    session = Session(arguments, context)
+    session = open_session(arguments, context)
     if sys.stdin.isatty():
         print(
             "Ask away. `/show FILE` adds a picture or a video to the next question; Ctrl-C ends an answer; `/quit`, Ctrl-D"
@@ -320,7 +179,7 @@ def chat(arguments: argparse.Namespace) -> None:
                 waiting.append(open_visual(line.removeprefix("/show ").strip(), arguments.num_frames, arguments.fps))
             elif line:
                 check_text(line, "The question")
-                result = session.ask(waiting, line, stream=not arguments.json)
+                result = answer(session, waiting, line, arguments)
                 waiting = []
                 if arguments.json:
                     print(json.dumps(result), flush=True)
@@ -331,6 +190,14 @@ def chat(arguments: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             waiting = []
             print(f"error: {error} (Files that were waiting for the question are dropped.)", file=sys.stderr)
+
+
+def web(arguments: argparse.Namespace) -> None:
+    from .serving.web import open_page
+
+    if not 0 < arguments.port < 1 << 16:
+        raise ValueError(f"--port must be between 1 and 65535, but is {arguments.port}.")
+    open_page(open_session(arguments), arguments.model, arguments.host, arguments.port, arguments.num_frames)
 
 
 def _count_interruption(before: int) -> int:
@@ -479,11 +346,13 @@ _LOADING = [
     _option("--quantization", choices=QUANTIZATIONS, default="none", help="of the weights, while they are loaded"),
     _option("--device", help="where to run (default: a GPU if there is one)"),
 ]
+_FRAMES = _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)")
+_HIGH_RESOLUTION = _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
 _GENERATION = [
     _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
-    _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)"),
+    _FRAMES,
     _option("--fps", type=float, help="frames a second of each video, instead"),
-    _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images"),
+    _HIGH_RESOLUTION,
     _option("--allow-private-addresses", action="store_true", help="for URLs of this machine and its network"),
     *(_MAX_NEW_TOKENS, _CHUNKS, *_LOADING, _JSON),
 ]
@@ -497,6 +366,12 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
     (chat, "A conversation about pictures and videos.", [
         _option("inputs", nargs="*", metavar="FILE", help="a kept context, paths or URLs that it is about"),
         *_GENERATION,
+    ]),
+    (web, "A page to show pictures and videos to, and to ask about them.", [
+        _option("model", nargs="?", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
+        _option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"),
+        _option("--port", type=int, default=7860),
+        *(_FRAMES, _HIGH_RESOLUTION, _MAX_NEW_TOKENS, _CHUNKS, *_LOADING),
     ]),
     (convert, "Rewrite a checkpoint in the native layout, or back in the published one.", [
         _option("source", help="folder or Hub id"),
@@ -576,7 +451,7 @@ _LEAST = {"prefill_chunk_size": 1, "num_frames": 1, "context": 1, "images": 0, "
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` for numbers that make no sense, before anything is read."""
     for name, least in _LEAST.items():
-        least = max(least, arguments.function in (ask, chat))
+        least = max(least, arguments.function in (ask, chat, web))
         value, option = getattr(arguments, name, None), f"--{name.replace('_', '-')}"
         if isinstance(value, int) and value < least:
             raise ValueError(f"{option} must be at least {least}, but is {value}.")

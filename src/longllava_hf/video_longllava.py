@@ -123,6 +123,11 @@ class VideoFile:
     def total_frames(self) -> int:
         return len(self._marks)
 
+    @property
+    def timestamps(self) -> list[float] | None:
+        """When each of the sampled frames is shown, in seconds; `None` where the file does not tell."""
+        return None if self._seconds is None else [float(self._seconds[i]) for i in self.indices]
+
     @contextlib.contextmanager
     def _file(self) -> Iterator[Any]:
         """The file, opened here: libraries take some names for more than names, and cannot read others."""
