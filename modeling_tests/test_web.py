@@ -26,10 +26,10 @@ MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(n
 MISSING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")]
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync --window-size=1100,900"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1100,900"),
+]
 # Writes down where a process connects to, but for this machine.
 WATCH = """
 import sys
@@ -117,7 +117,7 @@ class Page:
         self.wait(pressed)
 
     def ask(self, question: str) -> None:
-        self.wait(lambda: self.find("#question textarea")[0].is_enabled())
+        self.wait(lambda: bool(self.find("#question textarea")[0].is_enabled()))
         self.find("#question textarea")[0].send_keys(question)
         self.press("Ask")
 
@@ -136,7 +136,7 @@ class Page:
         return {name: float(value.replace(",", "")) for value, name in pairs}
 
     def complaint(self) -> str:
-        text = self.wait(lambda: self.find(".toast-body"))[0].text
+        text = self.wait(lambda: (found := self.find(".toast-body")) and found[0].text)
         self.find(".toast-close")[0].click()
         self.wait(lambda: not self.find(".toast-body"))
         assert "Traceback" not in text and "/" not in text.replace("N/A", ""), text
@@ -265,7 +265,11 @@ def test_a_request_cannot_make_it_fetch_a_url(tmp_path):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name, page_of(Path(name)) as (url, _), browser(Path(name, "profile")) as driver:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        page_of(Path(name)) as (url, _),
+        browser(Path(name, "profile")) as driver,
+    ):
         page = Page(driver, url)
         page.upload(FILM)
         page.wait(lambda: page.find("#strip figure"))

@@ -1,9 +1,7 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """A page to look at: pictures or a film, a question, and the answer as it comes. `longllava web` opens it."""
 
-import base64
 import html
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -11,13 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-import torch
-
-from ..cache_longllava import layer_tensors
-from ..image_processing_longllava import load_picture
 from ..session import AnswerStoppedError, Session, Visual, open_visual
 from ..sources_longllava import LIMITS
+from .drawing import CSS, draw_facts, draw_strip
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -27,18 +21,8 @@ try:
 except ImportError as error:
     raise ImportError(f"`longllava web` needs Gradio: `pip install longllava_hf[web]` ({error}).") from None
 
-# Tabs that are remembered; past them, the one that was left alone for longest begins anew.
-_MAX_TABS = 64
-_THUMBNAIL = 144  # pixels
-_FONTS = ["system-ui", "sans-serif"]
-_CSS = """
-.strip {display: flex; gap: 6px; overflow-x: auto; padding: 4px 0}
-.strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; color: var(--body-text-color-subdued)}
-.strip img {height: 84px; border-radius: 6px; display: block; margin: 0}
-.facts {display: flex; gap: 8px; flex-wrap: wrap}
-.facts div {background: var(--background-fill-secondary); border-radius: 8px; padding: 6px 12px}
-.facts b {display: block; font-size: 16px} .facts span {font-size: 11px; color: var(--body-text-color-subdued)}
-"""
+_MAX_TABS = 64  # that are remembered; past them, the one that was left alone for longest begins anew
+_FONTS = ["system-ui", "sans-serif"]  # none that are fetched
 
 
 @dataclass
@@ -52,52 +36,12 @@ class Tab:
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
-def draw_strip(visual: Visual) -> str:
-    """A picture, or the sampled frames of a film with their times, small, as HTML."""
-    content, captions = visual.content, [html.escape(os.path.basename(visual.path))]
-    if visual.kind == "video":
-        times = content.timestamps or [None] * len(content)
-        captions = ["" if t is None else f"{int(t // 60)}:{t % 60:05.2f}" for t in times]
-    figures = []
-    for image, caption in zip(content if visual.kind == "video" else [load_picture(content)], captions):
-        file = io.BytesIO()
-        image.thumbnail((2 * _THUMBNAIL, _THUMBNAIL))
-        image.convert("RGB").save(file, "JPEG")
-        data = base64.b64encode(file.getvalue()).decode()
-        figures.append(f'<figure><img src="data:image/jpeg;base64,{data}">{caption}</figure>')
-    return "".join(figures)
-
-
-def draw_facts(result: dict[str, Any], session: Session) -> str:
-    """Tokens, seconds and bytes of an answer, as HTML."""
-    cuda = session.model.device.type == "cuda"
-    used = torch.cuda.max_memory_allocated(session.model.device) if cuda else psutil.Process().memory_info().rss
-    kept = sum(x.nbytes for layer in session.context.cache.layers for x in layer_tensors(layer).values())
-    facts = {
-        "tokens reused": f"{result['context_tokens']:,}",
-        "tokens read": f"{result['prompt_tokens']:,}",
-        "tokens written": f"{result['new_tokens']:,}",
-        "seconds": f"{sum(result['seconds'].values()):.2f}",
-        "MB on the GPU, peak" if cuda else "MB in memory": f"{used / 1e6:,.0f}",
-        "MB of them kept for the next question": f"{kept / 1e6:,.1f}",
-    }
-    return f'<div class="facts">{"".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in facts.items())}</div>'
-
-
 def build_page(session: Session, name: str, num_frames: int | None = None) -> gr.Blocks:
-    """
-    The page, on which each tab has a conversation of its own, and one question is answered at a time.
-
-    Args:
-        session ([`Session`]): whose model and settings are used.
-        name (`str`): of the model.
-        num_frames (`int`, *optional*): of each film, by default 128.
-    """
+    """The page, on which each tab has a conversation of its own, and one question is answered at a time."""
     tabs: OrderedDict[str | None, Tab] = OrderedDict()
 
     def tab_of(request: gr.Request) -> Tab:
-        tab = tabs.pop(request.session_hash, None) or Tab(session.fork())
-        tabs[request.session_hash] = tab
+        tab = tabs[request.session_hash] = tabs.pop(request.session_hash, None) or Tab(session.fork())
         if len(tabs) > _MAX_TABS:
             tabs.popitem(last=False)[1].stopped.set()
         return tab
@@ -177,7 +121,7 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             begin, asked, [chat, question, stop], queue=False
         ).success(answer, [asked, files], [chat, facts, files, question, stop], show_progress_on=[chat])
         stop.click(stop_answer, queue=False)
-        anew.click(begin_anew, None, [chat, facts, strip, files, question, stop], queue=False)
+        gr.on([anew.click, chat.clear], begin_anew, None, [chat, facts, strip, files, question, stop], queue=False)
         page.unload(forget)
     return page
 
@@ -187,18 +131,13 @@ async def _refuse_url(url: str, cache_dir: str) -> str:
 
 
 def open_page(session: Session, name: str, host: str, port: int, num_frames: int | None = None) -> None:
-    """
-    Serve the page until the program is interrupted.
-
-    Raises:
-        OSError: if nothing can listen there.
-    """
+    """Serve the page until the program is interrupted. Raises `OSError` if nothing can listen there."""
     # A request could say a URL where a file belongs, and Gradio would fetch it without our limits.
     processing_utils.async_ssrf_protected_download = _refuse_url
     page = build_page(session, name, num_frames)
     _, url, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, pwa=False,
-        enable_monitoring=False, run_history=False, footer_links=[], max_file_size=LIMITS.max_bytes, css=_CSS,
+        enable_monitoring=False, run_history=False, footer_links=[], max_file_size=LIMITS.max_bytes, css=CSS,
         theme=gr.themes.Soft(font=_FONTS, font_mono=["monospace"]),
     )  # fmt: skip
     print(f"The page is at {url}; Ctrl-C ends it.", flush=True)
@@ -208,4 +147,4 @@ def open_page(session: Session, name: str, host: str, port: int, num_frames: int
         page.close(verbose=False)
 
 
-__all__ = ["build_page", "draw_facts", "draw_strip", "open_page"]
+__all__ = ["build_page", "open_page"]
