@@ -17,7 +17,7 @@ from ..session import Session, Visual
 
 _THUMBNAIL = 144  # pixels
 CSS = """
-.strip {display: flex; gap: 6px; overflow-x: auto; padding: 4px 0}
+.strip {display: inline-flex; max-width: 100%; gap: 6px; overflow-x: auto; padding: 4px 0}
 .strip figure {margin: 0; flex: none; text-align: center; font-size: 11px; color: var(--body-text-color-subdued)}
 .strip img {height: 84px; border-radius: 6px; display: block; margin: 0}
 .facts {display: flex; gap: 8px; flex-wrap: wrap}
@@ -39,7 +39,7 @@ def draw_strip(visual: Visual) -> str:
         image.convert("RGB").save(file, "JPEG")
         data = base64.b64encode(file.getvalue()).decode()
         figures.append(f'<figure><img src="data:image/jpeg;base64,{data}">{caption}</figure>')
-    return "".join(figures)
+    return f'<div class="strip">{"".join(figures)}</div>'
 
 
 def draw_facts(result: dict[str, Any], session: Session) -> str:

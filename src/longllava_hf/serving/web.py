@@ -22,7 +22,6 @@ except ImportError as error:
     raise ImportError(f"`longllava web` needs Gradio: `pip install longllava_hf[web]` ({error}).") from None
 
 _MAX_TABS = 64  # that are remembered; past them, the one that was left alone for longest begins anew
-_FONTS = ["system-ui", "sans-serif"]  # none that are fetched
 
 
 @dataclass
@@ -32,8 +31,18 @@ class Tab:
     session: Session
     files: dict[str, tuple[Visual, str]] = field(default_factory=dict)
     chat: list[dict[str, str]] = field(default_factory=list)
-    strip: str = ""
+    strip: str = ""  # of what was asked about last
     stopped: threading.Event = field(default_factory=threading.Event)
+
+
+def explain(error: Exception) -> str:
+    known = isinstance(error, (ValueError, OSError, ImportError, AnswerStoppedError))
+    return str(error) if known else f"Something unforeseen went wrong, {error!r}."
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    """A message of the chat, which takes what it is given for HTML, with `render_markdown=False` too."""
+    return {"role": role, "content": html.escape(text, quote=False)}
 
 
 def build_page(session: Session, name: str, num_frames: int | None = None) -> gr.Blocks:
@@ -46,57 +55,52 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             tabs.popitem(last=False)[1].stopped.set()
         return tab
 
+    def stop_answer(request: gr.Request) -> None:
+        tab_of(request).stopped.set()
+
     def forget(request: gr.Request) -> None:
         if (tab := tabs.pop(request.session_hash, None)) is not None:
             tab.stopped.set()
 
-    def stop_answer(request: gr.Request) -> None:
-        tab_of(request).stopped.set()
+    def open_file(tab: Tab, path: str) -> tuple[Visual, str]:
+        if path not in tab.files:
+            visual = open_visual(path, num_frames, name=os.path.basename(path))
+            tab.files[path] = visual, draw_strip(visual)
+        return tab.files[path]
 
-    def complain(error: Exception) -> None:
-        known = isinstance(error, (ValueError, OSError, ImportError, AnswerStoppedError))
-        said = str(error) if known else f"Something unforeseen went wrong: {type(error).__name__}: {error}"
-        gr.Warning(html.escape(said), duration=None, title="This did not work")
-
-    def look(paths: list[str] | None, request: gr.Request) -> Any:
-        tab, good = tab_of(request), {}
+    def look(paths: list[str] | None, request: gr.Request) -> tuple[list[str] | None, str]:
+        tab, opened = tab_of(request), {}
         for path in paths or []:
             try:
-                if (seen := tab.files.get(path)) is None:
-                    visual = open_visual(path, num_frames, name=os.path.basename(path))
-                    seen = visual, draw_strip(visual)
-                good[path] = seen
+                opened[path] = open_file(tab, path)
             except Exception as error:
-                complain(error)
-        tab.files = good
-        kept = gr.skip() if len(good) == len(paths or []) else list(good) or None
-        return kept, f'<div class="strip">{"".join(strip for _, strip in good.values()) or tab.strip}</div>'
-
-    def begin(text: str, request: gr.Request) -> Any:
-        if not text.strip():
-            raise gr.Error("There is no question: write one first.", title="This did not work", print_exception=False)
-        tab, tab.stopped = tab_of(request), threading.Event()
-        names = ", ".join(os.path.basename(path) for path in tab.files)
-        tab.chat.append({"role": "user", "content": f"[{names}]\n{text}" if names else text})
-        return tab.chat, gr.update(value="", interactive=False), gr.update(interactive=True)
+                gr.Warning(html.escape(explain(error)), duration=None)
+        tab.files = opened
+        return list(opened) or None, "".join(strip for _, strip in opened.values()) or tab.strip
 
     def answer(text: str, paths: list[str] | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        tab = tab_of(request)
-        reply, done = {"role": "assistant", "content": ""}, {}
+        if not text.strip():
+            gr.Warning("There is no question: write one first.", duration=None)
+            return
+        tab, paths, reply = tab_of(request), paths or [], ""
+        tab.stopped = threading.Event()
+        names = ", ".join(os.path.basename(path) for path in paths)
+        tab.chat.append(message("user", f"[{names}]\n{text}" if names else text))
+        yield {chat: tab.chat, question: gr.update(value="", interactive=False), stop: gr.update(interactive=True)}
         try:
-            visuals = [tab.files[path][0] for path in paths or []]
-            for result in tab.session.stream(visuals, text, tab.stopped):
-                reply["content"] = result["answer"]
-                yield {chat: [*tab.chat, reply]}
-            if visuals:
-                tab.strip, tab.files = "".join(strip for _, strip in tab.files.values()), {}
-            done = {facts: draw_facts(result, tab.session), files: None}
+            opened = [open_file(tab, path) for path in paths]
+            for result in tab.session.stream([visual for visual, _ in opened], text, tab.stopped):
+                reply = result["answer"]
+                yield {chat: [*tab.chat, message("assistant", reply)]}
+            tab.strip = "".join(strip for _, strip in opened) or tab.strip
+            for path in paths:
+                tab.files.pop(path, None)
+            done = {facts: draw_facts(result, tab.session), files: list(tab.files) or None}
         except Exception as error:  # the conversation is as it was before the question, which can be asked again
-            complain(error)
-            reply["content"] += " [not part of the conversation]"
+            reply += f" [{explain(error)} This is not part of the conversation.]"
             done = {question: gr.update(value=text, interactive=True)}
-        tab.chat.append(reply)
-        yield {question: gr.update(interactive=True), stop: gr.update(interactive=False), chat: tab.chat, **done}
+        tab.chat.append(message("assistant", reply))
+        yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
 
     def begin_anew(request: gr.Request) -> Any:
         forget(request)
@@ -105,23 +109,20 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
     with gr.Blocks(title="LongLLaVA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## LongLLaVA\n`{os.path.basename(name.rstrip(os.sep))}`")
         files = gr.File(label="Drop pictures or a film", file_count="multiple", height=130, elem_id="files")
-        strip, facts = gr.HTML(elem_id="strip"), gr.HTML(elem_id="facts", render=False)
+        strip = gr.HTML(elem_id="strip")
         chat = gr.Chatbot(show_label=False, height=300, render_markdown=False, buttons=[], elem_id="chat")
-        facts.render()
+        facts = gr.HTML(elem_id="facts")
         with gr.Row():
-            question = gr.Textbox(
-                placeholder="Ask about them, and ask again", show_label=False, scale=6, elem_id="question"
-            )
-            ask, stop = gr.Button("Ask", variant="primary", elem_id="ask"), gr.Button("Stop", interactive=False)
-            anew = gr.Button("New conversation")
-        asked = gr.State()
+            question = gr.Textbox(placeholder="Ask, and ask again", show_label=False, scale=6, elem_id="question")
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            stop = gr.Button("Stop", interactive=False, elem_id="stop")
         gr.on([files.upload, files.delete, files.clear], look, files, [files, strip])
-        # What was asked is kept apart, as the box is empty by the time it is answered.
-        gr.on([ask.click, question.submit], lambda text: text, question, asked, queue=False).then(
-            begin, asked, [chat, question, stop], queue=False
-        ).success(answer, [asked, files], [chat, facts, files, question, stop], show_progress_on=[chat])
-        stop.click(stop_answer, queue=False)
-        gr.on([anew.click, chat.clear], begin_anew, None, [chat, facts, strip, files, question, stop], queue=False)
+        asking = gr.on(
+            [ask.click, question.submit], answer, [question, files], [chat, facts, files, question, stop],
+            show_progress_on=[chat],
+        )  # fmt: skip
+        stop.click(stop_answer)
+        chat.clear(begin_anew, None, [chat, facts, strip, files, question, stop], cancels=[asking])
         page.unload(forget)
     return page
 
@@ -138,7 +139,7 @@ def open_page(session: Session, name: str, host: str, port: int, num_frames: int
     _, url, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, pwa=False,
         enable_monitoring=False, run_history=False, footer_links=[], max_file_size=LIMITS.max_bytes, css=CSS,
-        theme=gr.themes.Soft(font=_FONTS, font_mono=["monospace"]),
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none that are fetched
     )  # fmt: skip
     print(f"The page is at {url}; Ctrl-C ends it.", flush=True)
     try:
