@@ -642,7 +642,10 @@ def times_of(path, times, codec="libx264", time_base=Fraction(1, 10)):
 @pytest.mark.parametrize("name", ["film.mkv", "film.mp4", "film.ts", "film.nut"])
 @pytest.mark.parametrize("times", [[*range(10), 10, 20, 30, 40, 50], [0, 7, 8, 9, 20], [5, 6, 9]])
 def test_a_rate_that_varies(tmp_path, name, times):
-    assert_as_plain(times_of(tmp_path / name, times))
+    path = times_of(tmp_path / name, times)
+    assert_as_plain(path)
+    # In milliseconds, as Matroska counts.
+    assert VideoFile(path).timestamps == pytest.approx([(time - times[0]) / 10 for time in times], abs=1e-3)
 
 
 def test_a_film_that_begins_before_zero(tmp_path):

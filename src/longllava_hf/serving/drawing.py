@@ -53,7 +53,7 @@ def draw_facts(result: dict[str, Any], session: Session) -> str:
         "tokens written": f"{result['new_tokens']:,}",
         "seconds": f"{sum(result['seconds'].values()):.2f}",
         "MB on the GPU, peak" if cuda else "MB in memory": f"{used / 1e6:,.0f}",
-        "MB of them kept for the next question": f"{kept / 1e6:,.1f}",
+        "MB kept for the next question": f"{kept / 1e6:,.1f}",
     }
     return f'<div class="facts">{"".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in facts.items())}</div>'
 

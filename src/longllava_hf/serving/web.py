@@ -110,12 +110,12 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
         gr.Markdown(f"## LongLLaVA\n`{os.path.basename(name.rstrip(os.sep))}`")
         files = gr.File(label="Drop pictures or a film", file_count="multiple", height=130, elem_id="files")
         strip = gr.HTML(elem_id="strip")
-        chat = gr.Chatbot(show_label=False, height=300, render_markdown=False, buttons=[], elem_id="chat")
-        facts = gr.HTML(elem_id="facts")
+        chat = gr.Chatbot(show_label=False, height=340, render_markdown=False, buttons=[], elem_id="chat")
         with gr.Row():
             question = gr.Textbox(placeholder="Ask, and ask again", show_label=False, scale=6, elem_id="question")
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
             stop = gr.Button("Stop", interactive=False, elem_id="stop")
+        facts = gr.HTML(elem_id="facts")
         gr.on([files.upload, files.delete, files.clear], look, files, [files, strip])
         asking = gr.on(
             [ask.click, question.submit], answer, [question, files], [chat, facts, files, question, stop],
