@@ -91,7 +91,8 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             opened = [open_file(tab, path) for path in paths]
             for result in tab.session.stream([visual for visual, _ in opened], text, tab.stopped):
                 reply = result["answer"]
-                yield {chat: [*tab.chat, message("assistant", reply)]}
+                if not tab.stopped.is_set():
+                    yield {chat: [*tab.chat, message("assistant", reply)]}
             tab.strip = "".join(strip for _, strip in opened) or tab.strip
             for path in paths:
                 tab.files.pop(path, None)
@@ -99,6 +100,8 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
         except Exception as error:  # the conversation is as it was before the question, which can be asked again
             reply += f" [{explain(error)} This is not part of the conversation.]"
             done = {question: gr.update(value=text, interactive=True)}
+        if tabs.get(request.session_hash) is not tab:  # thrown away meanwhile
+            return
         tab.chat.append(message("assistant", reply))
         yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
 
@@ -117,12 +120,10 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             stop = gr.Button("Stop", interactive=False, elem_id="stop")
         facts = gr.HTML(elem_id="facts")
         gr.on([files.upload, files.delete, files.clear], look, files, [files, strip])
-        asking = gr.on(
-            [ask.click, question.submit], answer, [question, files], [chat, facts, files, question, stop],
-            show_progress_on=[chat],
-        )  # fmt: skip
+        replied = [chat, facts, files, question, stop]
+        gr.on([ask.click, question.submit], answer, [question, files], replied, show_progress_on=[chat])
         stop.click(stop_answer)
-        chat.clear(begin_anew, None, [chat, facts, strip, files, question, stop], cancels=[asking])
+        chat.clear(begin_anew, None, [chat, facts, strip, files, question, stop])
         page.unload(forget)
     return page
 
