@@ -83,16 +83,14 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             gr.Warning("There is no question: write one first.", duration=None)
             return
         tab, paths, reply = tab_of(request), paths or [], ""
-        tab.stopped = threading.Event()
-        names = ", ".join(os.path.basename(path) for path in paths)
+        tab.stopped, names = threading.Event(), ", ".join(os.path.basename(path) for path in paths)
         tab.chat.append(message("user", f"[{names}]\n{text}" if names else text))
         yield {chat: tab.chat, question: gr.update(value="", interactive=False), stop: gr.update(interactive=True)}
         try:
             opened = [open_file(tab, path) for path in paths]
             for result in tab.session.stream([visual for visual, _ in opened], text, tab.stopped):
                 reply = result["answer"]
-                if not tab.stopped.is_set():
-                    yield {chat: [*tab.chat, message("assistant", reply)]}
+                yield {chat: [*tab.chat, message("assistant", reply)]} if not tab.stopped.is_set() else {}
             tab.strip = "".join(strip for _, strip in opened) or tab.strip
             for path in paths:
                 tab.files.pop(path, None)
@@ -100,10 +98,9 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
         except Exception as error:  # the conversation is as it was before the question, which can be asked again
             reply += f" [{explain(error)} This is not part of the conversation.]"
             done = {question: gr.update(value=text, interactive=True)}
-        if tabs.get(request.session_hash) is not tab:  # thrown away meanwhile
-            return
         tab.chat.append(message("assistant", reply))
-        yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
+        if tabs.get(request.session_hash) is tab:  # and was not thrown away meanwhile
+            yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
 
     def begin_anew(request: gr.Request) -> Any:
         forget(request)
@@ -120,8 +117,8 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             stop = gr.Button("Stop", interactive=False, elem_id="stop")
         facts = gr.HTML(elem_id="facts")
         gr.on([files.upload, files.delete, files.clear], look, files, [files, strip])
-        replied = [chat, facts, files, question, stop]
-        gr.on([ask.click, question.submit], answer, [question, files], replied, show_progress_on=[chat])
+        told = [chat, facts, files, question, stop]
+        gr.on([ask.click, question.submit], answer, [question, files], told, show_progress_on=[chat])
         stop.click(stop_answer)
         chat.clear(begin_anew, None, [chat, facts, strip, files, question, stop])
         page.unload(forget)
