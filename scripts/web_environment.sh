@@ -15,7 +15,7 @@ unset PIP_CONSTRAINT
 python3 -m venv "$environment"
 # PyTorch first: what comes after it would pull gigabytes of CUDA.
 "$environment/bin/pip" install -q "torch==2.13.0"
-"$environment/bin/pip" install -q "torch==2.13.0" "selenium>=4.30" "pytest>=8" "pytest-timeout>=2" -e ".[web]"
+"$environment/bin/pip" install -q "torch==2.13.0" "selenium>=4.30" "pytest>=8" -e ".[web]"
 
 for program in chromium chromedriver; do
   command -v "$program" > /dev/null || echo "The test needs $program: apt-get install chromium chromium-driver" >&2

@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the page shows beside the conversation, as HTML: the strip of pictures and frames, and what an answer took."""
+"""What the page shows, as HTML: messages, the strip of pictures and frames, and what an answer took."""
 
 import base64
 import html
@@ -24,6 +24,11 @@ CSS = """
 .facts div {background: var(--background-fill-secondary); border-radius: 8px; padding: 6px 12px}
 .facts b {display: block; font-size: 16px} .facts span {font-size: 11px; color: var(--body-text-color-subdued)}
 """
+
+
+def draw_message(role: str, text: str) -> dict[str, str]:
+    """A message of the chat, which takes what it is given for HTML, with `render_markdown=False` too."""
+    return {"role": role, "content": html.escape(text, quote=False)}
 
 
 def draw_strip(visual: Visual) -> str:
@@ -58,4 +63,4 @@ def draw_facts(result: dict[str, Any], session: Session) -> str:
     return f'<div class="facts">{"".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in facts.items())}</div>'
 
 
-__all__ = ["CSS", "draw_facts", "draw_strip"]
+__all__ = ["CSS", "draw_facts", "draw_message", "draw_strip"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..session import AnswerStoppedError, Session, Visual, open_visual
 from ..sources_longllava import LIMITS
-from .drawing import CSS, draw_facts, draw_strip
+from .drawing import CSS, draw_facts, draw_message, draw_strip
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -38,11 +38,6 @@ class Tab:
 def explain(error: Exception) -> str:
     known = isinstance(error, (ValueError, OSError, ImportError, AnswerStoppedError))
     return str(error) if known else f"Something unforeseen went wrong, {error!r}."
-
-
-def message(role: str, text: str) -> dict[str, str]:
-    """A message of the chat, which takes what it is given for HTML, with `render_markdown=False` too."""
-    return {"role": role, "content": html.escape(text, quote=False)}
 
 
 def build_page(session: Session, name: str, num_frames: int | None = None) -> gr.Blocks:
@@ -83,14 +78,16 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             gr.Warning("There is no question: write one first.", duration=None)
             return
         tab, paths, reply = tab_of(request), paths or [], ""
-        tab.stopped, names = threading.Event(), ", ".join(os.path.basename(path) for path in paths)
-        tab.chat.append(message("user", f"[{names}]\n{text}" if names else text))
+        tab.stopped = threading.Event()
+        names = ", ".join(os.path.basename(path) for path in paths)
+        tab.chat.append(draw_message("user", f"[{names}]\n{text}" if names else text))
         yield {chat: tab.chat, question: gr.update(value="", interactive=False), stop: gr.update(interactive=True)}
         try:
             opened = [open_file(tab, path) for path in paths]
             for result in tab.session.stream([visual for visual, _ in opened], text, tab.stopped):
                 reply = result["answer"]
-                yield {chat: [*tab.chat, message("assistant", reply)]} if not tab.stopped.is_set() else {}
+                if not tab.stopped.is_set():
+                    yield {chat: [*tab.chat, draw_message("assistant", reply)]}
             tab.strip = "".join(strip for _, strip in opened) or tab.strip
             for path in paths:
                 tab.files.pop(path, None)
@@ -98,9 +95,10 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
         except Exception as error:  # the conversation is as it was before the question, which can be asked again
             reply += f" [{explain(error)} This is not part of the conversation.]"
             done = {question: gr.update(value=text, interactive=True)}
-        tab.chat.append(message("assistant", reply))
-        if tabs.get(request.session_hash) is tab:  # and was not thrown away meanwhile
-            yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
+        tab.chat.append(draw_message("assistant", reply))
+        if tabs.get(request.session_hash) is not tab:  # it was thrown away, and Gradio would show its last update again
+            tab, done = tab_of(request), {}
+        yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
 
     def begin_anew(request: gr.Request) -> Any:
         forget(request)
