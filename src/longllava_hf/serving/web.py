@@ -45,7 +45,9 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
     tabs: OrderedDict[str | None, Tab] = OrderedDict()
 
     def tab_of(request: gr.Request) -> Tab:
-        tab = tabs[request.session_hash] = tabs.pop(request.session_hash, None) or Tab(session.fork())
+        tab = tabs.get(request.session_hash) or Tab(session.fork())
+        tabs[request.session_hash] = tab
+        tabs.move_to_end(request.session_hash)
         if len(tabs) > _MAX_TABS:
             tabs.popitem(last=False)[1].stopped.set()
         return tab
@@ -96,7 +98,7 @@ def build_page(session: Session, name: str, num_frames: int | None = None) -> gr
             reply += f" [{explain(error)} This is not part of the conversation.]"
             done = {question: gr.update(value=text, interactive=True)}
         tab.chat.append(draw_message("assistant", reply))
-        if tabs.get(request.session_hash) is not tab:  # it was thrown away, and Gradio would show its last update again
+        if tabs.get(request.session_hash) is not tab:  # else Gradio shows the last update of what was thrown away
             tab, done = tab_of(request), {}
         yield {chat: tab.chat, question: gr.update(interactive=True), stop: gr.update(interactive=False), **done}
 
