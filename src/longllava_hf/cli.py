@@ -1,5 +1,5 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `web`, `convert`, `hub export`, `hub push`, `verify`, `plan` and `info`."""
+"""The command line: `longllava ask`, `chat`, `web`, `serve`, `convert`, `hub export`, `hub push`, `verify`, `plan`, `info`."""
 
 import argparse
 import json
@@ -335,6 +335,13 @@ def plan(arguments: argparse.Namespace) -> None:
     print(f"This {verdict} in {result.memory / 1e9:g} GB; so do up to {result.max_images:,} images.")
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    from .serving.server import serve as run
+
+    local_model(arguments.model)  # says at once what is wrong with the name
+    run(arguments.model, check_device(arguments.device), arguments.quantization, arguments.host, arguments.port)
+
+
 def _option(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
     return name, options
 
@@ -348,6 +355,8 @@ _LOADING = [
 ]
 _FRAMES = _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)")
 _HIGH_RESOLUTION = _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
+_MODEL = _option("model", nargs="?", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)")
+_HOST = _option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
 _GENERATION = [
     _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
     _FRAMES,
@@ -368,10 +377,15 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         *_GENERATION,
     ]),
     (web, "A page to show pictures and videos to, and to ask about them.", [
-        _option("model", nargs="?", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
-        _option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"),
+        *(_MODEL, _HOST),
         _option("--port", type=int, default=7860),
         *(_FRAMES, _HIGH_RESOLUTION, _MAX_NEW_TOKENS, _CHUNKS, *_LOADING),
+    ]),
+    (serve, "Serve a model to OpenAI's clients, through Transformers' own server.", [
+        *(_MODEL, _HOST),
+        _option("--port", type=int, default=8000, help="0 for one that is free (default: 8000)"),
+        _option("--allow-private-addresses", action="store_true", help="for URLs of this machine and its network"),
+        *_LOADING,
     ]),
     (convert, "Rewrite a checkpoint in the native layout, or back in the published one.", [
         _option("source", help="folder or Hub id"),
