@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from longllava_hf import LIMITS, TINY
+from longllava_hf.convert import convert_checkpoint
 
-from .conftest import golden_images
+from .test_cli import fails
 from .test_longllava_tiny import DIGITS, FILM, FILM_DIGIT
 from .test_sources_longllava import send
 from .test_sources_longllava import serve as files_server
@@ -31,7 +32,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: longllava_hf[serve]")
 openai = pytest.importorskip("openai", reason="needs openai: longllava_hf[serve]")
 pytest.importorskip("av", reason="needs av: longllava_hf[serve]")
 
-from longllava_hf.serving.server import Gate  # noqa: E402
+from longllava_hf.serving.server import Gate, OneModel  # noqa: E402
 
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -71,9 +72,9 @@ class Server:
     def answer(self, content, messages=(), **options) -> str:
         return self.ask(content, messages, **options).choices[0].message.content
 
-    def post(self, body: bytes, path: str = "/chat/completions", **headers) -> tuple[int, dict]:
+    def post(self, body: bytes, path: str = "/v1/chat/completions", **headers) -> tuple[int, dict]:
         headers = {"Content-Type": "application/json", **headers}
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
+        request = urllib.request.Request(self.url.removesuffix("/v1") + path, data=body, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, json.load(response)
@@ -172,8 +173,8 @@ def test_the_longest_answer(server):
 
 
 def test_sampling(server):
-    draws = [server.answer("What is this?", temperature=2, seed=seed, max_tokens=16) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+    draws = [[server.answer("A story", temperature=2, seed=seed, max_tokens=8) for seed in range(8)] for _ in range(2)]
+    assert draws[0] == draws[1] and len(set(draws[0])) > 1
     assert server.answer([THREE, text(WHICH)], temperature=0, top_p=0.5) == "3"
 
 
@@ -203,7 +204,10 @@ def test_a_film_is_read_once(server):
     assert server.answer([THREE, text(WHICH)]) == "3"
     for _ in range(2):
         assert server.answer([FILM_PART, text(WHICH_IN_FILM)]) == FILM_DIGIT
-    more = [{"role": "user", "content": [FILM_PART, text(WHICH_IN_FILM)]}, {"role": "assistant", "content": FILM_DIGIT}]
+    more = [
+        {"role": "user", "content": [FILM_PART, text(WHICH_IN_FILM)]},
+        {"role": "assistant", "content": FILM_DIGIT},
+    ]
     assert server.answer([SEVEN, text(WHICH)], more) == "7"
     assert server.answer([SEVEN, text(WHICH)]) == "7"  # as many tokens as for the first picture, and another picture
     assert server.answer([THREE, text(WHICH)]) == "3"
@@ -219,8 +223,11 @@ def test_a_film_is_read_once(server):
 
 @pytest.fixture(scope="module")
 def local_server(tmp_path_factory):
-    """One that reads the URLs of this machine."""
-    with running(tmp_path_factory.mktemp("server"), "--allow-private-addresses") as server:
+    """One that reads the URLs of this machine, and serves the published layout in int8."""
+    folder = tmp_path_factory.mktemp("server")
+    convert_checkpoint(TINY, folder / "published", to="published")
+    options = ("--quantization", "int8", "--allow-private-addresses")
+    with running(folder, str(folder / "published"), *options) as server:
         yield server
 
 
@@ -238,7 +245,7 @@ def test_urls(local_server):
         assert local_server.answer(parts) == "7"
         assert local_server.answer([film(f"{url}/film.mp4"), text(WHICH_IN_FILM)]) == FILM_DIGIT
         assert asked == ["/three.png", "/seven.png", "/film.mp4"]
-        with pytest.raises(openai.BadRequestError, match="404"):
+        with pytest.raises(openai.BadRequestError, match="Not Found"):
             local_server.answer([picture(f"{url}/none.png"), text(WHICH)])
     with pytest.raises(openai.BadRequestError, match="could not be read"):
         local_server.answer([picture(f"{url}/three.png"), text(WHICH)])
@@ -279,7 +286,7 @@ MALFORMED = {
     "text is none": ([{"type": "text", "text": 5}], "text"),
     "no URL": ([{"type": "image_url"}], "URL"),
     "a URL is none": ([{"type": "image_url", "image_url": {"url": 5}}], "URL"),
-    "half a character": ([text("\ud800")], "0xd800|surrogate|UTF-8|ud800"),
+    "half a character": ([text("\ud800")], "half a character"),
     "a control token": ([text("a <|endoftext|>")], "endoftext"),
     "a marker": ([text("<img>")], "<img>"),
     "a placeholder": ([text("<image>")], "<image>"),
@@ -303,6 +310,9 @@ MALFORMED = {
     "another template": ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     "no frames": ({"chat_template_kwargs": {"num_frames": 0}}, "num_frames"),
     "another configuration": ({"generation_config": "{}"}, "generation_config"),
+    "a bias that is none": ({"logit_bias": {"2": "x"}}, "logit_bias"),
+    "a bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "a bias of a token that is not there": ({"logit_bias": {"99999999": 1}}, "vocab"),
     "a stop": ({"stop": ["3"]}, "stop"),
     "several answers": ({"n": 2}, "`n`"),
     "penalties": ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -325,7 +335,11 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed(server, case):
     given, reason = MALFORMED[case]
-    body = {"messages": [{"role": "user", "content": given}]} if isinstance(given, list) else {"messages": [USER], **given}
+    body = (
+        {"messages": [{"role": "user", "content": given}]}
+        if isinstance(given, list)
+        else {"messages": [USER], **given}
+    )
     if case == "no messages":
         body = {}
     for stream in (False, True):
@@ -353,12 +367,19 @@ def test_bodies_that_are_none(server, case):
 def test_other_places(server):
     """Routes of Transformers' server that load and unload models, or take prompts that nothing has looked at."""
     body = json.dumps({"model": server.model, "prompt": "x", "input": "x"}).encode()
-    for path in ("/completions", "/responses", "/systemone", "/audio/transcriptions", "/../load_model", "/../reset"):
+    for path in (
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/systemone",
+        "/v1/audio/transcriptions",
+        "/load_model",
+        "/reset",
+    ):
         status, answer = server.post(body, path)
         assert status == 404 and "/v1/chat/completions" in answer["error"]["message"]
     status, answer = server.post(json.dumps({"model": "another", "messages": [USER]}).encode())
     assert status == 404 and "another" in answer["error"]["message"]
-    status, answer = server.post(b"{}", "/models")
+    status, answer = server.post(b"{}", "/v1/models")
     assert status == 405 and answer["error"]["message"]
 
 
@@ -422,8 +443,9 @@ def test_a_client_that_goes_away(server, stream):
 
 def test_a_stream_that_is_closed(server):
     start = len(server.log)
-    stream = server.ask("What is this?", stream=True, temperature=2, seed=3, max_tokens=4000)
-    next(iter(stream))
+    stream = server.ask("What is this?", stream=True, logit_bias={"2": -100}, max_tokens=4000)
+    for _, _ in zip(stream, range(3)):
+        pass
     stream.close()
     server.wait_for("cancelled", start)
     assert server.answer([THREE, text(WHICH)]) == "3"
@@ -433,7 +455,7 @@ def test_a_stream_that_is_closed(server):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the memory of a process is read from /proc")
-@pytest.mark.parametrize("requests", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_memory_is_flat(server, requests):
     def ask(number: int) -> None:
         parts = [THREE, SEVEN][: 1 + number % 2]
@@ -446,45 +468,41 @@ def test_memory_is_flat(server, requests):
         list(pool.map(ask, range(30)))
         before = server.memory
         list(pool.map(ask, range(requests)))
-    assert server.memory - before < 16 << 20
+    growth = server.memory - before
+    print(growth)
+    assert growth < 16 << 20
 
 
 # How it begins
 
 
-def fails(*arguments: str) -> str:
-    command = [sys.executable, "-m", "longllava_hf.cli", "serve", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr
-
-
-def test_what_cannot_be_served(server, tmp_path):
-    assert "neither a folder nor a Hub id" in fails("no/such/folder/here")
-    assert str(tmp_path) in fails(str(tmp_path), "--port", "0")
+def test_what_cannot_be_served(server, capsys, monkeypatch):
+    monkeypatch.setattr(LIMITS, "allow_local_files", True)  # which is set, and then set back
     port = server.url.split(":")[-1].removesuffix("/v1")
-    assert "cannot be listened at" in fails(TINY, "--port", port)
-    assert "cannot be listened at" in fails(TINY, "--port", "70000")
-    assert "cuda:99" in fails(TINY, "--device", "cuda:99")
+    assert "neither a folder nor a Hub id" in fails(capsys, "serve", "no/such/folder/here")
+    assert "cuda:99" in fails(capsys, "serve", "--device", "cuda:99")
+    for place in (port, "70000"):
+        assert f"{place} cannot be listened at" in fails(capsys, "serve", "--port", place)
 
 
-@torch.inference_mode()
-def test_a_published_folder_in_int8(published_copy, tmp_path):
-    import longllava_hf
+def test_a_folder_without_a_model(tmp_path):
+    """Found before anything is served."""
+    with pytest.raises((OSError, ValueError), match=re.escape(str(tmp_path))):
+        OneModel(str(tmp_path), "cpu", "none")
 
-    folder = str(published_copy("moe"))
-    model = longllava_hf.LongLLaVAForConditionalGeneration.from_pretrained(
-        folder, dtype="auto", quantization_config=longllava_hf.LongLLaVAInt8Config()
-    )
-    processor = longllava_hf.LongLLaVAProcessor.from_pretrained(folder)
-    image = golden_images("moe")[0]
-    messages = [{"role": "user", "content": [{"type": "image", "path": image}, text("What is this?")]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    output = model.generate(**inputs, max_new_tokens=12)
-    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    with running(tmp_path, folder, "--quantization", "int8") as server:
-        found = server.ask([picture(data_url(image)), text("What is this?")], max_tokens=12)
-    assert found.choices[0].message.content == expected
-    assert found.usage.prompt_tokens == inputs["input_ids"].shape[1]
+
+# What the documentation says
+
+
+def test_snippets(server, monkeypatch):
+    """Of the page about serving, one after the other."""
+    page = Path(__file__).parents[1] / "docs" / "serving.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(page.parents[1])
+    monkeypatch.setattr(LIMITS, "max_bytes", LIMITS.max_bytes)
+    served = []
+    monkeypatch.setattr("longllava_hf.serving.server.serve", lambda *args, **kwargs: served.append((args, kwargs)))
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet.replace("http://127.0.0.1:8000/v1", server.url), names)
+    assert names["answer"] == FILM_DIGIT and names["streamed"] == "3" and len(served) == 1

@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import json
 import logging as python_logging
-import math
 import socket
 import threading
 import time
@@ -78,7 +77,6 @@ _FIXED: dict[str, tuple] = {
     "presence_penalty": (0,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
     "stop": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -87,7 +85,15 @@ _FIXED: dict[str, tuple] = {
     "modalities": (["text"],),
 }
 # Options that tell the server something which it has no use for.
-_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "stream_options", "user")
+_WITHOUT_EFFECT = (
+    "metadata",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream_options",
+    "user",
+)
 
 
 def register_for_serving() -> None:
@@ -220,19 +226,21 @@ class ChatRequest:
             _check_number("fps", sampling["fps"], False, 1e-6, 1000)
         if (strategy := extra.get("patch_strategy")) not in (None, "none", "best_fit"):
             raise ValueError(f"`patch_strategy` must be 'none' or 'best_fit', but is {strategy!r}.")
+        settings = {"max_new_tokens": numbers.get("max_completion_tokens", numbers.get("max_tokens"))}
+        settings["max_new_tokens"] = settings["max_new_tokens"] or _DEFAULT_MAX_TOKENS
+        if bias := body.pop("logit_bias", None):
+            settings["sequence_bias"] = _token_biases(bias)
+        if "temperature" in numbers or "top_p" in numbers:
+            # As OpenAI has it: sampled from all tokens, unless the temperature is 0.
+            temperature, settings["do_sample"] = numbers.get("temperature", 1.0), numbers.get("temperature") != 0
+            if temperature:
+                settings.update(temperature=float(temperature), top_p=float(numbers.get("top_p", 1.0)), top_k=0)
         for name, value in body.items():
             if name in _FIXED and value not in _FIXED[name]:
                 values = " or ".join(map(json.dumps, _FIXED[name]))
                 raise ValueError(f"`{name}` is not supported: it may be left out or be {values}, but is {value!r}.")
             if name not in (*_FIXED, *_WITHOUT_EFFECT, "model"):
                 raise ValueError(f"`{name}` is not supported.")
-        settings = {"max_new_tokens": numbers.get("max_completion_tokens", numbers.get("max_tokens"))}
-        settings["max_new_tokens"] = settings["max_new_tokens"] or _DEFAULT_MAX_TOKENS
-        if "temperature" in numbers or "top_p" in numbers:
-            # As OpenAI has it: sampled from all tokens, unless the temperature is 0.
-            temperature, settings["do_sample"] = numbers.get("temperature", 1.0), numbers.get("temperature") != 0
-            if temperature:
-                settings.update(temperature=float(temperature), top_p=float(numbers.get("top_p", 1.0)), top_k=0)
         messages = [_checked_message(message, f"Message {i}") for i, message in enumerate(messages)]
         sampling = sampling or {"num_frames": DEFAULT_NUM_FRAMES}
         return cls(messages, settings, sampling, strategy, numbers.get("seed"), stream)
@@ -289,6 +297,23 @@ def _check_number(name: str, value: Any, is_whole: bool, least: float, most: flo
         raise ValueError(f"`{name}` must be {what} from {least:g} to {most:g}, but is {value!r}.")
 
 
+def _token_biases(biases: Any) -> list:
+    """What is added to logits, by ids of tokens, as Transformers takes it."""
+    if not isinstance(biases, dict) or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in biases):
+        raise ValueError(f"`logit_bias` must be an object with ids of tokens as keys, but is {biases!r}.")
+    for key, value in biases.items():
+        _check_number(f"logit_bias.{key}", value, False, -100, 100)
+    return [[[int(key)], float(value)] for key, value in biases.items()]
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can say half of a surrogate pair, a tokenizer cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a character at position {error.start} of its text.") from None
+
+
 def _checked_message(message: Any, name: str) -> dict[str, Any]:
     """A message with what is known in it alone; roles and texts are the processor's to check."""
     if not isinstance(message, dict):
@@ -301,7 +326,9 @@ def _checked_message(message: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"{name} must have a string as `role`, but it is {role!r}.")
     if isinstance(content, list):
         content = [_checked_part(part, f"{name}, part {i},") for i, part in enumerate(content)]
-    elif not isinstance(content, str):
+    elif isinstance(content, str):
+        _check_unicode(content, name)
+    else:
         raise ValueError(f"{name} must have a string or a list of parts as `content`, but it is {content!r}.")
     return {"role": role, "content": content}
 
@@ -311,6 +338,7 @@ def _checked_part(part: Any, name: str) -> dict[str, Any]:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{name} has the type 'text', so it must have a string under `text`.")
+        _check_unicode(part["text"], name)
         return {"type": "text", "text": part["text"]}
     if kind not in ("image_url", "video_url"):
         raise ValueError(
@@ -340,6 +368,7 @@ class ChatHandler(ChatCompletionHandler):
             if body.get("model", model) != model:
                 raise HTTPException(404, f"The model {body['model']!r} is not served here, but {model!r} is.")
             request = ChatRequest.parse(body)
+            body.clear()  # with all pictures and films as text
             REQUEST.set(request)
             try:
                 await asyncio.to_thread(request.fetch)
@@ -378,7 +407,7 @@ async def _begun(chunks: Any, request: ChatRequest) -> AsyncIterator[str]:
     return stream()
 
 
-class CancelledGeneration(Exception):
+class GenerationCancelledError(Exception):
     """The client has gone, or the server stops."""
 
 
@@ -468,9 +497,9 @@ class Generation:
             self.streamer.cancel()
 
     def check(self) -> None:
-        """Raises [`CancelledGeneration`] if nobody waits any more."""
+        """Raises [`GenerationCancelledError`] if nobody waits any more."""
         if self.request.is_cancelled.is_set():
-            raise CancelledGeneration
+            raise GenerationCancelledError
 
     def generate(self, input_ids, pixel_values=None, attention_mask=None, streamer=None, tokenizer=None, **kwargs):
         """As [`~LongLLaVAForConditionalGeneration.generate`]."""
@@ -487,8 +516,8 @@ class Generation:
             self.answer_ids = output[0, input_ids.shape[1] :]
         except Exception as error:
             self.error = error
-            outcome = "cancelled" if self.request.is_cancelled.is_set() else f"failed, {error}"
-            log.info("request %s: %s", self.name, outcome)
+            reason = " ".join(str(error).split())  # in one line, whatever a client wrote
+            log.info("request %s: %s", self.name, "cancelled" if self.request.is_cancelled.is_set() else reason)
             raise
         finally:
             logging.set_tqdm_hook(previous)
@@ -623,10 +652,13 @@ def serve(model: str, device: str, quantization: str = "none", host: str = "127.
         try:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise OSError(f"{host}:{port} cannot be listened at: {getattr(error, 'strerror', None) or error}.") from error
+            raise OSError(
+                f"{host}:{port} cannot be listened at: {getattr(error, 'strerror', None) or error}."
+            ) from error
         register_for_serving()
         app = build_app(OneModel(model, device, quantization))
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=10)
+        listener.listen()
         at = f"[{host}]" if ":" in host else host
         print(f"`{model}` is served at http://{at}:{listener.getsockname()[1]}/v1, one request at a time.", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
