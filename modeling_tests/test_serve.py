@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: longllava_hf[serve]")
 openai = pytest.importorskip("openai", reason="needs openai: longllava_hf[serve]")
 pytest.importorskip("av", reason="needs av: longllava_hf[serve]")
 
-from longllava_hf.serving.server import Gate, OneModel  # noqa: E402
+from longllava_hf.serving.server import Gate, OneModel, begun  # noqa: E402
 
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -451,6 +452,48 @@ def test_a_stream_that_is_closed(server):
     assert server.answer([THREE, text(WHICH)]) == "3"
 
 
+def test_clients_that_go_away_while_their_urls_are_read(local_server):
+    """More of them than there are places."""
+    impatient, answering = local_server.client.with_options(timeout=1), threading.Event()
+
+    def ask(url: str) -> bool:
+        message = {"role": "user", "content": [picture(url), text(WHICH)]}
+        try:
+            impatient.chat.completions.create(model=local_server.model, messages=[message])
+        except openai.APITimeoutError:
+            return True
+        return False
+
+    with (
+        files_server(lambda handler: answering.wait(30)) as (url, asked),
+        concurrent.futures.ThreadPoolExecutor(20) as pool,
+    ):
+        assert all(pool.map(ask, [url] * 20))
+        assert len(asked) >= 16
+        begun = time.monotonic()
+        assert local_server.answer([THREE, text(WHICH)]) == "3"
+        assert time.monotonic() - begun < 10
+        answering.set()
+
+
+def test_an_error_within_a_stream():
+    """Is JSON, whatever it says."""
+
+    async def collect() -> list[str]:
+        generation = SimpleNamespace(error=None)
+
+        async def chunks():
+            yield "role"
+            yield "text"
+            generation.error = RuntimeError('out of "memory"')
+            yield 'data: {"error": "out of "memory""}\n\n'
+
+        return [chunk async for chunk in await begun(chunks(), generation)]
+
+    *_, last = asyncio.run(collect())
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == 'out of "memory"'
+
+
 # Memory
 
 
@@ -468,9 +511,7 @@ def test_memory_is_flat(server, requests):
         list(pool.map(ask, range(30)))
         before = server.memory
         list(pool.map(ask, range(requests)))
-    growth = server.memory - before
-    print(growth)
-    assert growth < 16 << 20
+    assert server.memory - before < 16 << 20
 
 
 # How it begins

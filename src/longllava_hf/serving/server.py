@@ -7,23 +7,20 @@ streams and the thread that generates are Transformers'; what is here is given t
 |---|---|
 | `register_for_serving` | how it finds the classes of a model type |
 | `Gate` | middleware: bounded bodies, and requests whose client has gone are cancelled |
-| `ChatRequest` | a request as it came, looked at before anything is done |
 | `ChatHandler` | its handler of chats: pictures and films are fetched outside the event loop, errors have a reason |
 | `Generation`, `GenerationQueue` | its manager of `generate`: can be cancelled, says how far it is, keeps a context |
 """
 
 import asyncio
 import contextlib
-import hashlib
 import inspect
 import json
 import logging as python_logging
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +30,10 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from ..configuration_longllava import LlavaJambaConfig, LongLLaVAConfig
-from ..image_processing_longllava import open_picture
 from ..int8_longllava import named_quantization
 from ..modeling_longllava import LongLLaVAForConditionalGeneration
-from ..processing_longllava import DEFAULT_NUM_FRAMES
-from ..sources_longllava import LIMITS, read_source
-from ..video_longllava import VideoFile
+from ..sources_longllava import LIMITS
+from .chat_request import ChatRequest
 
 
 if not is_serve_available():
@@ -61,39 +56,9 @@ log = python_logging.getLogger("uvicorn.error")
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 # Requests that are read, fetched or waiting for the model at a time; others wait with their bodies unread.
 _PLACES = 16
-_DEFAULT_MAX_TOKENS = 1024
-# Options that are numbers: whether they are whole, the least and the most.
-_NUMBERS: dict[str, tuple[bool, float, float]] = {
-    "max_tokens": (True, 1, 1 << 20),
-    "max_completion_tokens": (True, 1, 1 << 20),
-    "temperature": (False, 0, 2),
-    "top_p": (False, 1e-6, 1),
-    "seed": (True, -(1 << 63), (1 << 63) - 1),
-}
-# Options that are known, with the only values that they may have.
-_FIXED: dict[str, tuple] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "stop": ([],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-# Options that tell the server something which it has no use for.
-_WITHOUT_EFFECT = (
-    "metadata",
-    "prompt_cache_key",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "stream_options",
-    "user",
-)
+_ERROR_LENGTH = 2000
+# Threads that fetch. More than places, as what a client that has gone asked for is read on to the end of its time.
+_FETCHERS = 64
 
 
 def register_for_serving() -> None:
@@ -111,7 +76,8 @@ def register_for_serving() -> None:
 def error_body(status: int, message: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair is no UTF-8
+    # Half a surrogate pair is no UTF-8, and a client knows what it wrote.
+    message = message[:_ERROR_LENGTH].encode(errors="backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
@@ -173,190 +139,21 @@ class Gate:
                 await answer
 
 
-@dataclass
-class ChatRequest:
-    """
-    What a client asks for.
-
-    Args:
-        messages (`list[dict]`): in Transformers' terms for its server; pictures as bytes and films as [`VideoFile`], once
-            they are fetched.
-        settings (`dict`): of the generation.
-        sampling (`dict`): of films, `num_frames` or `fps`.
-        patch_strategy (`str`, *optional*): of pictures.
-        seed (`int`, *optional*): for what is drawn at random.
-        stream (`bool`).
-        sources (`list[str]`): what each picture and film is, as a hash, in reading order.
-        generation ([`Generation`], *optional*): once it has begun.
-    """
-
-    messages: list[dict[str, Any]]
-    settings: dict[str, Any]
-    sampling: dict[str, Any]
-    patch_strategy: str | None
-    seed: int | None
-    stream: bool
-    sources: list[str] = field(default_factory=list)
-    generation: "Generation | None" = None
-    is_cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @classmethod
-    def parse(cls, body: dict[str, Any]) -> "ChatRequest":
-        """Raises `ValueError` for anything that is malformed, or that would not be done as it is asked for."""
-        body = {name: value for name, value in body.items() if value is not None}
-        if not isinstance(body.get("model", ""), str):
-            raise ValueError(f"`model` must be a string, but is {body['model']!r}.")
-        messages = body.pop("messages", None)
-        if not isinstance(messages, list) or not messages:
-            raise ValueError("`messages` must be a list of at least 1 message.")
-        if not isinstance(stream := body.pop("stream", False), bool):
-            raise ValueError(f"`stream` must be true or false, but is {stream!r}.")
-        extra = body.pop("chat_template_kwargs", {})
-        if not isinstance(extra, dict) or extra.keys() - {"num_frames", "fps", "patch_strategy"}:
-            raise ValueError(
-                f"`chat_template_kwargs` may have `num_frames`, `fps` and `patch_strategy`, but is {extra!r}."
-            )
-        numbers = {name: body.pop(name) for name in _NUMBERS if name in body}
-        for name, value in numbers.items():
-            _check_number(name, value, *_NUMBERS[name])
-        sampling = {name: extra[name] for name in ("num_frames", "fps") if extra.get(name) is not None}
-        if "num_frames" in sampling:
-            _check_number("num_frames", sampling["num_frames"], True, 1, 1 << 20)
-        if "fps" in sampling:
-            _check_number("fps", sampling["fps"], False, 1e-6, 1000)
-        if (strategy := extra.get("patch_strategy")) not in (None, "none", "best_fit"):
-            raise ValueError(f"`patch_strategy` must be 'none' or 'best_fit', but is {strategy!r}.")
-        settings = {"max_new_tokens": numbers.get("max_completion_tokens", numbers.get("max_tokens"))}
-        settings["max_new_tokens"] = settings["max_new_tokens"] or _DEFAULT_MAX_TOKENS
-        if bias := body.pop("logit_bias", None):
-            settings["sequence_bias"] = _token_biases(bias)
-        if "temperature" in numbers or "top_p" in numbers:
-            # As OpenAI has it: sampled from all tokens, unless the temperature is 0.
-            temperature, settings["do_sample"] = numbers.get("temperature", 1.0), numbers.get("temperature") != 0
-            if temperature:
-                settings.update(temperature=float(temperature), top_p=float(numbers.get("top_p", 1.0)), top_k=0)
-        for name, value in body.items():
-            if name in _FIXED and value not in _FIXED[name]:
-                values = " or ".join(map(json.dumps, _FIXED[name]))
-                raise ValueError(f"`{name}` is not supported: it may be left out or be {values}, but is {value!r}.")
-            if name not in (*_FIXED, *_WITHOUT_EFFECT, "model"):
-                raise ValueError(f"`{name}` is not supported.")
-        messages = [_checked_message(message, f"Message {i}") for i, message in enumerate(messages)]
-        sampling = sampling or {"num_frames": DEFAULT_NUM_FRAMES}
-        return cls(messages, settings, sampling, strategy, numbers.get("seed"), stream)
-
-    def fetch(self) -> None:
-        """
-        Read every picture and film, all of them within [`LIMITS`].
-
-        Raises:
-            ValueError, OSError: if one cannot be read, is none, or leads to where it must not.
-        """
-        total = 0
-        for i, message in enumerate(self.messages):
-            content = message["content"]
-            for j, part in enumerate(content if isinstance(content, list) else []):
-                if part["type"] == "text":
-                    continue
-                if self.is_cancelled.is_set():
-                    raise OSError("The client has gone.")
-                name, kind = f"Message {i}, part {j},", part["type"]
-                url = part[kind]["url"]
-                data: Any = read_source(url)
-                data = data.getvalue()
-                if (total := total + len(data)) > LIMITS.max_bytes:
-                    raise ValueError(
-                        f"{name} is too large: up to it, pictures and films have {total} bytes, and the limit,"
-                        f" `longllava_hf.LIMITS.max_bytes`, is {LIMITS.max_bytes}."
-                    )
-                settings = [kind, self.sampling if kind == "video_url" else self.patch_strategy]
-                self.sources.append(hashlib.sha256(json.dumps(settings).encode() + b"\0" + data).hexdigest())
-                if kind == "video_url":
-                    data = VideoFile(data, name=f"{name} a film,", **self.sampling)
-                else:
-                    open_picture(data, f"{name} a picture,").close()
-                part[kind] = {"url": data}
-
-    def to_body(self, model: str, generation_config: Any) -> dict[str, Any]:
-        """The request for Transformers' handler: what it would understand in another way, in Transformers' own terms."""
-        config = {**generation_config.to_dict(), **self.settings}
-        extra = {} if self.patch_strategy is None else {"patch_strategy": self.patch_strategy}
-        return {
-            "model": model,
-            "messages": self.messages,
-            "stream": self.stream,
-            "generation_config": json.dumps(config),
-            "chat_template_kwargs": extra,
-        }
-
-
-def _check_number(name: str, value: Any, is_whole: bool, least: float, most: float) -> None:
-    kinds = (int,) if is_whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
-        what = "a whole number" if is_whole else "a number"
-        raise ValueError(f"`{name}` must be {what} from {least:g} to {most:g}, but is {value!r}.")
-
-
-def _token_biases(biases: Any) -> list:
-    """What is added to logits, by ids of tokens, as Transformers takes it."""
-    if not isinstance(biases, dict) or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in biases):
-        raise ValueError(f"`logit_bias` must be an object with ids of tokens as keys, but is {biases!r}.")
-    for key, value in biases.items():
-        _check_number(f"logit_bias.{key}", value, False, -100, 100)
-    return [[[int(key)], float(value)] for key, value in biases.items()]
-
-
-def _check_unicode(text: str, name: str) -> None:
-    """JSON can say half of a surrogate pair, a tokenizer cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has half a character at position {error.start} of its text.") from None
-
-
-def _checked_message(message: Any, name: str) -> dict[str, Any]:
-    """A message with what is known in it alone; roles and texts are the processor's to check."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{name} must be an object, but is a {type(message).__name__}.")
-    unknown = {key for key, value in message.items() if value} - {"role", "content", "name", "refusal"}
-    if unknown:
-        raise ValueError(f"{name} has {sorted(unknown)}, which is not supported.")
-    content = message.get("content")
-    if not isinstance(role := message.get("role"), str):
-        raise ValueError(f"{name} must have a string as `role`, but it is {role!r}.")
-    if isinstance(content, list):
-        content = [_checked_part(part, f"{name}, part {i},") for i, part in enumerate(content)]
-    elif isinstance(content, str):
-        _check_unicode(content, name)
-    else:
-        raise ValueError(f"{name} must have a string or a list of parts as `content`, but it is {content!r}.")
-    return {"role": role, "content": content}
-
-
-def _checked_part(part: Any, name: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{name} has the type 'text', so it must have a string under `text`.")
-        _check_unicode(part["text"], name)
-        return {"type": "text", "text": part["text"]}
-    if kind not in ("image_url", "video_url"):
-        raise ValueError(
-            f"{name} must be an object with a `type`, which is 'text', 'image_url' or 'video_url', but is {kind!r}."
-        )
-    url = part.get(kind)
-    url = url.get("url") if isinstance(url, dict) else url
-    if not isinstance(url, str) or not url.startswith(("http://", "https://", "data:")):
-        raise ValueError(f"{name} must have a URL that begins with http://, https:// or data: under `{kind}.url`.")
-    return {"type": kind, kind: {"url": url}}
-
-
 REQUEST: ContextVar[ChatRequest] = ContextVar("request")
 """What the task at hand answers."""
+
+GENERATION: ContextVar["Generation"] = ContextVar("generation")
+"""How it does so, once it has begun."""
 
 
 class ChatHandler(ChatCompletionHandler):
     """Transformers' handler of chats, for requests that are whole."""
+
+    model_manager: "OneModel"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
 
     async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
         """
@@ -364,21 +161,21 @@ class ChatHandler(ChatCompletionHandler):
         reason, in a stream too, which begins with that token.
         """
         try:
-            model = self.model_manager.force_model
-            if body.get("model", model) != model:
-                raise HTTPException(404, f"The model {body['model']!r} is not served here, but {model!r} is.")
-            request = ChatRequest.parse(body)
+            name = self.model_manager.name
+            if body.get("model", name) != name:
+                raise HTTPException(404, f"The model {body['model']!r} is not served here, but {name!r} is.")
+            model, processor = self.model_manager.load()
+            request = ChatRequest.parse(body, processor.num_frames)
             body.clear()  # with all pictures and films as text
             REQUEST.set(request)
             try:
-                await asyncio.to_thread(request.fetch)
+                await asyncio.get_running_loop().run_in_executor(self.fetchers, request.fetch)
             except asyncio.CancelledError:
                 request.is_cancelled.set()
                 raise
-            generation_config = self.model_manager.load().generation_config
-            response = await super().handle_request(request.to_body(model, generation_config), request_id)
+            response = await super().handle_request(request.to_body(name, model.generation_config), request_id)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = await _begun(response.body_iterator, request)
+                response.body_iterator = await begun(response.body_iterator, GENERATION.get())
             return response
         except HTTPException:
             raise
@@ -389,10 +186,9 @@ class ChatHandler(ChatCompletionHandler):
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
 
-async def _begun(chunks: Any, request: ChatRequest) -> AsyncIterator[str]:
+async def begun(chunks: Any, generation: "Generation") -> AsyncIterator[str]:
     """A stream after its first token. Raises what went wrong before that."""
     first = [await anext(chunks), await anext(chunks)]  # the role, and what comes after it
-    generation: Any = request.generation
     if generation.error is not None:
         raise generation.error
 
@@ -551,7 +347,8 @@ class GenerationQueue(GenerateManager):
                 f"The messages have {length} tokens, and {gen_config.max_new_tokens} are to be generated, but the model takes"
                 f" {most + gen_config.max_new_tokens} in all. Show fewer pictures or frames (`num_frames`)."
             )
-        generation = request.generation = Generation(model, self.kept, request, request_id)
+        generation: Any = Generation(model, self.kept, request, request_id)
+        GENERATION.set(generation)
         queue, _ = super().generate_streaming(generation, processor, inputs, gen_config, request_id, *args, **kwargs)
         return queue, generation
 
@@ -591,19 +388,19 @@ class OneModel(ModelManager):
     """
 
     def __init__(self, model: str, device: str, quantization: str):
-        self.quantization_config = named_quantization(quantization)
+        self.name, self.quantization_config = model, named_quantization(quantization)
         super().__init__(device=device, force_model=model)
 
     def get_quantization_config(self) -> Any:
         return self.quantization_config
 
-    def load(self) -> Any:
-        """The model."""
-        return self.load_model_and_processor(self.process_model_name(self.force_model))[0]
+    def load(self) -> tuple[Any, Any]:
+        """The model and its processor."""
+        return self.load_model_and_processor(self.process_model_name(self.name))
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one model; not what else is in the Hub's cache."""
-        return [{"id": self.force_model, "object": "model", "owned_by": "", "created": 0}]
+        return [{"id": self.name, "object": "model", "owned_by": "", "created": 0}]
 
     get_gen_models = list_models  # as releases before 5.2x call it
 
@@ -612,9 +409,11 @@ def build_app(models: OneModel) -> Any:
     """Transformers' application, with the routes and errors of this one."""
     state = OneQueue()
     chats = ChatHandler(models, state, chat_template_kwargs={"lazy": True})
-    given = {"model_manager": models, "chat_handler": chats, "generation_state": state}
+    given: dict[str, Any] = {"model_manager": models, "chat_handler": chats, "generation_state": state}
     parameters = inspect.signature(build_server).parameters
-    others = {name: None for name, p in parameters.items() if name.endswith("_handler") and name not in given}
+    others: dict[str, Any] = {
+        name: None for name, p in parameters.items() if name.endswith("_handler") and name not in given
+    }
     app = build_server(**given, **others)
     # The others would load any model, unload this one, or take prompts that no processor has looked at.
     app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) in PATHS]
