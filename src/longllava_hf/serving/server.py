@@ -238,6 +238,9 @@ class KeptContext:
     """The one context that is kept: what the last prompt with pictures or films was, up to the last of them."""
 
     def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
         self.context: Any = None
         self.sources: list[str] = []
 
@@ -257,7 +260,8 @@ class KeptContext:
         known = 0 if self.context is None else self.context.num_tokens
         is_prefix = known <= end and self.sources == sources[: len(self.sources)]
         if not known or not is_prefix or not torch.equal(self.context.input_ids, input_ids[:, :known]):
-            self.context, self.sources, known = None, [], 0  # before another one takes memory
+            self.forget()  # before another one takes memory
+            known = 0
         if known < end:
             new = pixel_values.skip(len(self.sources))
             self.context = model.prefill(input_ids[:, :end], new if len(new) else None, cache=self.context)
@@ -312,6 +316,8 @@ class Generation:
             self.answer_ids = output[0, input_ids.shape[1] :]
         except Exception as error:
             self.error = error
+            if isinstance(error, torch.OutOfMemoryError):
+                self.kept.forget()
             reason = " ".join(str(error).split())  # in one line, whatever a client wrote
             log.info("request %s: %s", self.name, "cancelled" if self.request.is_cancelled.is_set() else reason)
             raise
