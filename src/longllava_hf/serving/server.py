@@ -17,10 +17,12 @@ import inspect
 import json
 import logging as python_logging
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +59,8 @@ PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 # Requests that are read, fetched or waiting for the model at a time; others wait with their bodies unread.
 _PLACES = 16
 _ERROR_LENGTH = 2000
-# Threads that fetch. More than places, as what a client that has gone asked for is read on to the end of its time.
-_FETCHERS = 64
+# Threads that read pictures and films. More than places: a URL that a client asked for who has gone is read to its end.
+_READERS = 64
 
 
 def register_for_serving() -> None:
@@ -95,17 +97,17 @@ class Gate:
             return await self.app(scope, receive, send)
         async with self.places:
             try:
-                body = await asyncio.wait_for(self._body(receive), LIMITS.timeout)
+                body = await asyncio.wait_for(self.read_body(receive), LIMITS.timeout)
             except (ValueError, asyncio.TimeoutError) as error:
                 late = f"The body took more than {LIMITS.timeout:g} seconds, which is `longllava_hf.LIMITS.timeout`."
                 status, message = (413, str(error)) if isinstance(error, ValueError) else (408, late)
                 headers = {"Connection": "close"}  # what is left of the body is not read
                 return await JSONResponse(error_body(status, message), status, headers)(scope, receive, send)
             if body is not None:
-                await self._answer(scope, body, receive, send)
+                await self.answer(scope, body, receive, send)
 
     @staticmethod
-    async def _body(receive) -> bytes | None:
+    async def read_body(receive) -> bytes | None:
         """The whole body; `None` if the client has gone. Raises `ValueError` if it is too large."""
         body = bytearray()
         while True:
@@ -120,7 +122,7 @@ class Gate:
             if not message.get("more_body"):
                 return bytes(body)
 
-    async def _answer(self, scope, body: bytes, receive, send) -> None:
+    async def answer(self, scope, body: bytes, receive, send) -> None:
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         del body
         leaving = asyncio.ensure_future(receive())  # which returns when the client goes
@@ -139,21 +141,19 @@ class Gate:
                 await answer
 
 
-REQUEST: ContextVar[ChatRequest] = ContextVar("request")
-"""What the task at hand answers."""
-
 GENERATION: ContextVar["Generation"] = ContextVar("generation")
-"""How it does so, once it has begun."""
+"""What the task at hand waits for: Transformers' handler has no argument for it."""
 
 
 class ChatHandler(ChatCompletionHandler):
-    """Transformers' handler of chats, for requests that are whole."""
+    """Transformers' handler of chats, for requests that are checked and whose pictures and films are read."""
 
     model_manager: "OneModel"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self.kept = KeptContext()
 
     async def handle_request(self, body: dict, request_id: str) -> StreamingResponse | JSONResponse:
         """
@@ -161,21 +161,28 @@ class ChatHandler(ChatCompletionHandler):
         reason, in a stream too, which begins with that token.
         """
         try:
+            request = ChatRequest.parse(body)
+            body.clear()  # of all pictures and films as text
             name = self.model_manager.name
-            if body.get("model", name) != name:
-                raise HTTPException(404, f"The model {body['model']!r} is not served here, but {name!r} is.")
+            if request.model not in (None, name):
+                raise HTTPException(404, f"The model {request.model!r} is not served here, but {name!r} is.")
             model, processor = self.model_manager.load()
-            request = ChatRequest.parse(body, processor.num_frames)
-            body.clear()  # with all pictures and films as text
-            REQUEST.set(request)
+            generation = Generation(model, self.kept, request_id, request.seed, request.stop)
+            GENERATION.set(generation)
+            loop, read = (
+                asyncio.get_running_loop(),
+                partial(request.read_messages, processor.num_frames, generation.check),
+            )
             try:
-                await asyncio.get_running_loop().run_in_executor(self.fetchers, request.fetch)
+                messages, generation.sources = await loop.run_in_executor(self.readers, read)
             except asyncio.CancelledError:
-                request.is_cancelled.set()
+                generation.cancel()
                 raise
-            response = await super().handle_request(request.to_body(name, model.generation_config), request_id)
+            body = {"model": name, **request.to_body(messages, model.generation_config)}
+            del request, read
+            response = await super().handle_request(body, request_id)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = await begun(response.body_iterator, GENERATION.get())
+                response.body_iterator = await begun(response.body_iterator, generation)
             return response
         except HTTPException:
             raise
@@ -209,7 +216,7 @@ class GenerationCancelledError(Exception):
 
 class Progress:
     """
-    What stands for a progress bar: lines in the log, and the place where reading can be broken off.
+    What stands for a progress bar: lines in the log, and the place where reading a prompt can be broken off.
 
     Args:
         generation ([`Generation`]): whose.
@@ -269,22 +276,66 @@ class KeptContext:
         return self.context.branch(), known
 
 
+class StoppedQueue:
+    """
+    The text of a stream up to the first stop string, which may be spread over several items.
+
+    Args:
+        queue (`asyncio.Queue`): of text, and what ends a stream.
+        stop (`list[str]`): stop strings.
+    """
+
+    def __init__(self, queue: asyncio.Queue, stop: list[str]):
+        self.queue, self.stop = queue, stop
+        self.held = ""  # what may be the beginning of a stop string
+        self.end: list[Any] = []
+
+    async def get(self) -> Any:
+        while not self.end:
+            item = await self.queue.get()
+            if not isinstance(item, str):
+                text, self.end = self.held, [item]
+            else:
+                whole = self.held + item
+                text = until_stop(whole, self.stop)
+                if text == whole:
+                    ends = (n for n in range(len(whole)) if any(s.startswith(whole[n:]) for s in self.stop))
+                    text = whole[: next(ends, len(whole))]
+                else:
+                    self.end = [None]
+                self.held = whole[len(text) :]
+            if text:
+                return text
+        return self.end[0]
+
+    def get_nowait(self) -> Any:
+        raise asyncio.QueueEmpty
+
+
+def until_stop(text: str, stop: list[str]) -> str:
+    """What is before the first stop string."""
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+
+
 class Generation:
     """
-    One call of `generate`: to Transformers' server it is the model, which it calls, and the streamer, which it cancels.
+    The answer to one request. To Transformers' server it is the model, which it calls, and the streamer, which it cancels.
 
     Args:
         model ([`LongLLaVAForConditionalGeneration`]).
         kept ([`KeptContext`]).
-        request ([`ChatRequest`]).
         name (`str`): of the request, for the log.
+        seed (`int`, *optional*): for what is drawn at random.
+        stop (`list[str]`): stop strings.
     """
 
-    def __init__(self, model: Any, kept: KeptContext, request: ChatRequest, name: str):
-        self.model, self.kept, self.request, self.name = model, kept, request, name
+    def __init__(self, model: Any, kept: KeptContext, name: str, seed: int | None, stop: list[str]):
+        self.model, self.kept, self.name, self.seed, self.stop = model, kept, name, seed, stop
+        self.sources: list[str] = []  # what each picture and film is
         self.streamer: Any = None
         self.answer_ids: Any = None
         self.error: Exception | None = None
+        self.is_cancelled = threading.Event()
         self.loop, self.finished = asyncio.get_running_loop(), asyncio.Event()
 
     @property
@@ -292,26 +343,27 @@ class Generation:
         return self.streamer.total_tokens
 
     def cancel(self) -> None:
-        self.request.is_cancelled.set()
+        self.is_cancelled.set()
         if self.streamer is not None:
             self.streamer.cancel()
 
     def check(self) -> None:
         """Raises [`GenerationCancelledError`] if nobody waits any more."""
-        if self.request.is_cancelled.is_set():
+        if self.is_cancelled.is_set():
             raise GenerationCancelledError
 
     def generate(self, input_ids, pixel_values=None, attention_mask=None, streamer=None, tokenizer=None, **kwargs):
-        """As [`~LongLLaVAForConditionalGeneration.generate`]."""
+        """As [`~LongLLaVAForConditionalGeneration.generate`], in the server's thread for it. `tokenizer` is the processor."""
         self.streamer, started, known = streamer, time.perf_counter(), 0
         previous = logging.set_tqdm_hook(lambda factory, args, kwargs: Progress(self, *args, **kwargs))
         try:
             self.check()
-            if self.request.seed is not None:
-                torch.manual_seed(self.request.seed)
-            if self.request.sources:
-                context, known = self.kept.read(self.model, input_ids, pixel_values, self.request.sources)
-                kwargs["cache"] = context
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            if self.sources:
+                kwargs["cache"], known = self.kept.read(self.model, input_ids, pixel_values, self.sources)
+            if self.stop:
+                kwargs["tokenizer"] = tokenizer.tokenizer
             output = self.model.generate(input_ids=input_ids, streamer=streamer, **kwargs)
             self.answer_ids = output[0, input_ids.shape[1] :]
         except Exception as error:
@@ -319,14 +371,14 @@ class Generation:
             if isinstance(error, torch.OutOfMemoryError):
                 self.kept.forget()
             reason = " ".join(str(error).split())  # in one line, whatever a client wrote
-            log.info("request %s: %s", self.name, "cancelled" if self.request.is_cancelled.is_set() else reason)
+            log.info("request %s: %s", self.name, "cancelled" if self.is_cancelled.is_set() else reason)
             raise
         finally:
             logging.set_tqdm_hook(previous)
             self.loop.call_soon_threadsafe(self.finished.set)
         log.info(
             "request %s: %d tokens, of which %d known, and %d pictures and films, answered with %d in %.1f seconds",
-            *(self.name, input_ids.shape[1], known, len(self.request.sources), len(self.answer_ids)),
+            *(self.name, input_ids.shape[1], known, len(self.sources), len(self.answer_ids)),
             time.perf_counter() - started,
         )
         return output
@@ -335,10 +387,6 @@ class Generation:
 class GenerationQueue(GenerateManager):
     """Transformers' thread in which one request after the other is answered, each of which can be cancelled."""
 
-    def __init__(self):
-        super().__init__()
-        self.kept = KeptContext()
-
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
         """
         As [`GenerateManager.generate_streaming`].
@@ -346,17 +394,16 @@ class GenerationQueue(GenerateManager):
         Raises:
             ValueError: if the prompt is longer than the model was made for.
         """
-        request, length = REQUEST.get(), inputs["input_ids"].shape[-1]
+        generation: Any = GENERATION.get()
+        length = inputs["input_ids"].shape[-1]
         most = model.config.get_text_config().max_position_embeddings - gen_config.max_new_tokens
         if length > most:
             raise ValueError(
                 f"The messages have {length} tokens, and {gen_config.max_new_tokens} are to be generated, but the model takes"
                 f" {most + gen_config.max_new_tokens} in all. Show fewer pictures or frames (`num_frames`)."
             )
-        generation: Any = Generation(model, self.kept, request, request_id)
-        GENERATION.set(generation)
         queue, _ = super().generate_streaming(generation, processor, inputs, gen_config, request_id, *args, **kwargs)
-        return queue, generation
+        return StoppedQueue(queue, generation.stop) if generation.stop else queue, generation
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """As [`GenerateManager.generate_non_streaming`]."""
@@ -369,7 +416,8 @@ class GenerationQueue(GenerateManager):
         if generation.error is not None:
             raise generation.error
         ids = generation.answer_ids
-        return processor.decode(ids, skip_special_tokens=True), inputs["input_ids"].shape[-1], ids
+        text = processor.decode(ids, skip_special_tokens=True)
+        return until_stop(text, generation.stop), inputs["input_ids"].shape[-1], ids
 
 
 class OneQueue(GenerationState):
