@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..image_processing_longllava import open_picture
 from ..sources_longllava import LIMITS, read_source
@@ -16,6 +16,15 @@ from ..video_longllava import VideoFile
 
 # Below it, logits divided by the temperature may overflow, and all but the largest have no chance anyway.
 _COLDEST = 1e-3
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can write half of a surrogate pair, which no tokenizer reads."""
+    text.encode()
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class _Strict(BaseModel):
@@ -36,7 +45,7 @@ class Source(_Strict):
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImagePart(_Strict):
@@ -86,7 +95,7 @@ class ChatRequest(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=100)]],
+        list[Annotated[Text, Field(min_length=1, max_length=100)]],
         Field(max_length=4),
         BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
     ] = []

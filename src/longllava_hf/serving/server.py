@@ -377,9 +377,8 @@ class Generation:
             logging.set_tqdm_hook(previous)
             self.loop.call_soon_threadsafe(self.finished.set)
         log.info(
-            "request %s: %d tokens, of which %d known, and %d pictures and films, answered with %d in %.1f seconds",
-            *(self.name, input_ids.shape[1], known, len(self.sources), len(self.answer_ids)),
-            time.perf_counter() - started,
+            "request %s: answered with %d tokens in %.1f seconds, %d of the prompt were known",
+            *(self.name, len(self.answer_ids), time.perf_counter() - started, known),
         )
         return output
 
@@ -402,6 +401,7 @@ class GenerationQueue(GenerateManager):
                 f"The messages have {length} tokens, and {gen_config.max_new_tokens} are to be generated, but the model takes"
                 f" {most + gen_config.max_new_tokens} in all. Show fewer pictures or frames (`num_frames`)."
             )
+        log.info("request %s: received, %d tokens, %d pictures and films", request_id, length, len(generation.sources))
         queue, _ = super().generate_streaming(generation, processor, inputs, gen_config, request_id, *args, **kwargs)
         return StoppedQueue(queue, generation.stop) if generation.stop else queue, generation
 
