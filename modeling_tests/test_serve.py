@@ -34,7 +34,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: longllava_hf[serve]")
 openai = pytest.importorskip("openai", reason="needs openai: longllava_hf[serve]")
 pytest.importorskip("av", reason="needs av: longllava_hf[serve]")
 
-from longllava_hf.serving.server import Gate, OneModel, begun  # noqa: E402
+from longllava_hf.serving.server import RequestMiddleware, SingleModelManager, start_stream  # noqa: E402
 
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -433,7 +433,7 @@ def test_a_body_that_is_too_large(monkeypatch):
         async def keep(message):
             sent.append(message)
 
-        await Gate(app)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, keep)
+        await RequestMiddleware(app)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, keep)
         return sent
 
     monkeypatch.setattr(LIMITS, "max_bytes", 100)
@@ -511,7 +511,7 @@ def test_an_error_within_a_stream():
             generation.error = RuntimeError('out of "memory"')
             yield 'data: {"error": "out of "memory""}\n\n'
 
-        return [chunk async for chunk in await begun(chunks(), generation)]
+        return [chunk async for chunk in await start_stream(chunks(), generation)]
 
     *_, last = asyncio.run(collect())
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == 'out of "memory"'
@@ -549,10 +549,16 @@ def test_what_cannot_be_served(server, capsys, monkeypatch):
         assert f"{place} cannot be listened at" in fails(capsys, "serve", "--port", place)
 
 
+def test_without_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "longllava_hf.serving.server")
+    assert "pip install 'longllava_hf[serve]'" in fails(capsys, "serve")
+
+
 def test_a_folder_without_a_model(tmp_path):
     """Found before anything is served."""
     with pytest.raises((OSError, ValueError), match=re.escape(str(tmp_path))):
-        OneModel(str(tmp_path), "cpu", "none")
+        SingleModelManager(str(tmp_path), "cpu", "none")
 
 
 # What the documentation says

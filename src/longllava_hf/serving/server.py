@@ -6,9 +6,9 @@ streams and the thread that generates are Transformers'; what is here is given t
 | here | what it is to the server |
 |---|---|
 | `register_for_serving` | how it finds the classes of a model type |
-| `Gate` | middleware: bounded bodies, and requests whose client has gone are cancelled |
+| `RequestMiddleware` | middleware: bounded bodies, and requests whose client has gone are cancelled |
 | `ChatHandler` | its handler of chats: pictures and films are fetched outside the event loop, errors have a reason |
-| `Generation`, `GenerationQueue` | its manager of `generate`: can be cancelled, says how far it is, keeps a context |
+| `Generation`, `CancellableGenerateManager` | its manager of `generate`: can be cancelled, says how far it is, keeps a context |
 """
 
 import asyncio
@@ -35,7 +35,6 @@ from ..configuration_longllava import LlavaJambaConfig, LongLLaVAConfig
 from ..int8_longllava import named_quantization
 from ..modeling_longllava import LongLLaVAForConditionalGeneration
 from ..sources_longllava import LIMITS
-from .chat_request import ChatRequest
 
 
 if not is_serve_available():
@@ -51,13 +50,15 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from .chat_request import ChatRequest
+
 
 # Uvicorn's own log, which the server writes to anyway.
-log = python_logging.getLogger("uvicorn.error")
+logger = python_logging.getLogger("uvicorn.error")
 
 PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 # Requests that are read, fetched or waiting for the model at a time; others wait with their bodies unread.
-_PLACES = 16
+_MAX_REQUESTS = 16
 _ERROR_LENGTH = 2000
 # Threads that read pictures and films. More than places: a URL that a client asked for who has gone is read to its end.
 _READERS = 64
@@ -83,14 +84,14 @@ def error_body(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-class Gate:
+class RequestMiddleware:
     """
     ASGI middleware: reads at most [`LIMITS`]`.max_bytes` of a body within `LIMITS.timeout` seconds, lets a bounded number
     of requests in, and cancels those whose client has gone.
     """
 
     def __init__(self, app: Any):
-        self.app, self.places = app, asyncio.Semaphore(_PLACES)
+        self.app, self.places = app, asyncio.Semaphore(_MAX_REQUESTS)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -148,7 +149,7 @@ GENERATION: ContextVar["Generation"] = ContextVar("generation")
 class ChatHandler(ChatCompletionHandler):
     """Transformers' handler of chats, for requests that are checked and whose pictures and films are read."""
 
-    model_manager: "OneModel"
+    model_manager: "SingleModelManager"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -162,38 +163,36 @@ class ChatHandler(ChatCompletionHandler):
         """
         try:
             request = ChatRequest.parse(body)
-            body.clear()  # of all pictures and films as text
+            body.clear()
             name = self.model_manager.name
             if request.model not in (None, name):
                 raise HTTPException(404, f"The model {request.model!r} is not served here, but {name!r} is.")
             model, processor = self.model_manager.load()
             generation = Generation(model, self.kept, request_id, request.seed, request.stop)
             GENERATION.set(generation)
-            loop, read = (
-                asyncio.get_running_loop(),
-                partial(request.read_messages, processor.num_frames, generation.check),
-            )
+            read = partial(request.read_messages, processor.num_frames, generation.check)
             try:
-                messages, generation.sources = await loop.run_in_executor(self.readers, read)
+                reading = asyncio.get_running_loop().run_in_executor(self.readers, read)
+                messages, generation.sources = await reading
             except asyncio.CancelledError:
                 generation.cancel()
                 raise
             body = {"model": name, **request.to_body(messages, model.generation_config)}
-            del request, read
+            del request, read  # with the text of pictures and films
             response = await super().handle_request(body, request_id)
             if isinstance(response, StreamingResponse):
-                response.body_iterator = await begun(response.body_iterator, generation)
+                response.body_iterator = await start_stream(response.body_iterator, generation)
             return response
         except HTTPException:
             raise
         except (ValueError, OSError) as error:
             raise HTTPException(400, str(error)) from error
         except Exception as error:
-            log.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id)
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
 
-async def begun(chunks: Any, generation: "Generation") -> AsyncIterator[str]:
+async def start_stream(chunks: Any, generation: "Generation") -> AsyncIterator[str]:
     """A stream after its first token. Raises what went wrong before that."""
     first = [await anext(chunks), await anext(chunks)]  # the role, and what comes after it
     if generation.error is not None:
@@ -235,7 +234,9 @@ class Progress:
         # A line for each tenth; none for what is done in one step.
         if self.done < self.total and self.done * 10 // self.total > self.said * 10 // self.total:
             self.said = self.done
-            log.info("request %s: %s, %d of %d%s", self.generation.name, self.desc, self.done, self.total, self.unit)
+            logger.info(
+                "request %s: %s, %d of %d%s", self.generation.name, self.desc, self.done, self.total, self.unit
+            )
 
     def close(self) -> None:
         pass
@@ -276,7 +277,7 @@ class KeptContext:
         return self.context.branch(), known
 
 
-class StoppedQueue:
+class StopStringQueue:
     """
     The text of a stream up to the first stop string, which may be spread over several items.
 
@@ -297,7 +298,7 @@ class StoppedQueue:
                 text, self.end = self.held, [item]
             else:
                 whole = self.held + item
-                text = until_stop(whole, self.stop)
+                text = cut_at_stop(whole, self.stop)
                 if text == whole:
                     ends = (n for n in range(len(whole)) if any(s.startswith(whole[n:]) for s in self.stop))
                     text = whole[: next(ends, len(whole))]
@@ -312,7 +313,7 @@ class StoppedQueue:
         raise asyncio.QueueEmpty
 
 
-def until_stop(text: str, stop: list[str]) -> str:
+def cut_at_stop(text: str, stop: list[str]) -> str:
     """What is before the first stop string."""
     return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
 
@@ -371,19 +372,19 @@ class Generation:
             if isinstance(error, torch.OutOfMemoryError):
                 self.kept.forget()
             reason = " ".join(str(error).split())  # in one line, whatever a client wrote
-            log.info("request %s: %s", self.name, "cancelled" if self.is_cancelled.is_set() else reason)
+            logger.info("request %s: %s", self.name, "cancelled" if self.is_cancelled.is_set() else reason)
             raise
         finally:
             logging.set_tqdm_hook(previous)
             self.loop.call_soon_threadsafe(self.finished.set)
-        log.info(
+        logger.info(
             "request %s: answered with %d tokens in %.1f seconds, %d of the prompt were known",
             *(self.name, len(self.answer_ids), time.perf_counter() - started, known),
         )
         return output
 
 
-class GenerationQueue(GenerateManager):
+class CancellableGenerateManager(GenerateManager):
     """Transformers' thread in which one request after the other is answered, each of which can be cancelled."""
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, *args, **kwargs):
@@ -401,9 +402,11 @@ class GenerationQueue(GenerateManager):
                 f"The messages have {length} tokens, and {gen_config.max_new_tokens} are to be generated, but the model takes"
                 f" {most + gen_config.max_new_tokens} in all. Show fewer pictures or frames (`num_frames`)."
             )
-        log.info("request %s: received, %d tokens, %d pictures and films", request_id, length, len(generation.sources))
+        logger.info(
+            "request %s: received, %d tokens, %d pictures and films", request_id, length, len(generation.sources)
+        )
         queue, _ = super().generate_streaming(generation, processor, inputs, gen_config, request_id, *args, **kwargs)
-        return StoppedQueue(queue, generation.stop) if generation.stop else queue, generation
+        return StopStringQueue(queue, generation.stop) if generation.stop else queue, generation
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """As [`GenerateManager.generate_non_streaming`]."""
@@ -417,21 +420,21 @@ class GenerationQueue(GenerateManager):
             raise generation.error
         ids = generation.answer_ids
         text = processor.decode(ids, skip_special_tokens=True)
-        return until_stop(text, generation.stop), inputs["input_ids"].shape[-1], ids
+        return cut_at_stop(text, generation.stop), inputs["input_ids"].shape[-1], ids
 
 
-class OneQueue(GenerationState):
+class SingleGenerationState(GenerationState):
     """Where Transformers' handler finds the one that generates."""
 
     def __init__(self):
         super().__init__()
-        self.queue = GenerationQueue()
+        self.queue = CancellableGenerateManager()
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerationQueue:
+    def get_manager(self, model_id: str, use_cb: bool = False) -> CancellableGenerateManager:
         return self.queue
 
 
-class OneModel(ModelManager):
+class SingleModelManager(ModelManager):
     """
     Transformers' keeper of models, for one that is loaded from the beginning.
 
@@ -459,9 +462,9 @@ class OneModel(ModelManager):
     get_gen_models = list_models  # as releases before 5.2x call it
 
 
-def build_app(models: OneModel) -> Any:
+def build_app(models: SingleModelManager) -> Any:
     """Transformers' application, with the routes and errors of this one."""
-    state = OneQueue()
+    state = SingleGenerationState()
     chats = ChatHandler(models, state, chat_template_kwargs={"lazy": True})
     given: dict[str, Any] = {"model_manager": models, "chat_handler": chats, "generation_state": state}
     parameters = inspect.signature(build_server).parameters
@@ -482,7 +485,7 @@ def build_app(models: OneModel) -> Any:
         reasons = "; ".join(f"{one['msg']} {one.get('ctx', {}).get('error', '')}".strip() for one in error.errors())
         return JSONResponse(error_body(400, f"The body must be a JSON object: {reasons}."), 400)
 
-    app.add_middleware(Gate)
+    app.add_middleware(RequestMiddleware)
     return app
 
 
@@ -509,7 +512,7 @@ def serve(model: str, device: str, quantization: str = "none", host: str = "127.
                 f"{host}:{port} cannot be listened at: {getattr(error, 'strerror', None) or error}."
             ) from error
         register_for_serving()
-        app = build_app(OneModel(model, device, quantization))
+        app = build_app(SingleModelManager(model, device, quantization))
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=10)
         listener.listen()
         at = f"[{host}]" if ":" in host else host
