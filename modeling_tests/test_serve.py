@@ -59,7 +59,7 @@ class Server:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
-    def wait_for(self, pattern: str, start: int = 0, seconds: float = 60) -> re.Match:
+    def wait_for(self, pattern: str, start: int = 0, seconds: float = 150) -> re.Match:
         """What matches in the log from a position on, once it is there."""
         ends = time.monotonic() + seconds
         while (found := re.search(pattern, self.log[start:])) is None:
@@ -96,7 +96,7 @@ def running(folder: Path, *arguments: str):
         yield server
     finally:
         server.process.terminate()
-        assert server.process.wait(30) is not None
+        assert server.process.wait(60) is not None
 
 
 @pytest.fixture(scope="module")
