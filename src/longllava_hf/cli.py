@@ -355,7 +355,9 @@ _LOADING = [
 ]
 _FRAMES = _option("--num-frames", type=int, help="frames of each video, uniformly (default: 128)")
 _HIGH_RESOLUTION = _option("--high-resolution", action="store_true", help="also cut large pictures into sub-images")
-_MODEL = _option("model", nargs="?", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)")
+_MODEL = _option(
+    "model", nargs="?", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"
+)
 _HOST = _option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
 _GENERATION = [
     _option("--model", default=TINY, help="folder or Hub id (default: the small checkpoint of this package)"),
