@@ -173,7 +173,10 @@ def published_names(config: PreTrainedConfig) -> list[tuple[str, str]]:
     Args:
         config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]): which layers are dense decides what `moe.experts.0` means.
     """
-    return [(_pattern(published), native) for published, native in _name_pairs(config)]
+    names = [(_pattern(published), native) for published, native in _name_pairs(config)]
+    if config.get_text_config() is config:  # of the native names of a whole model, those of its decoder
+        names.append((r"^model\.language_model\.", "model."))
+    return names
 
 
 def to_native_name(name: str, names: list[tuple[str, str]]) -> str:

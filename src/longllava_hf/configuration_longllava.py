@@ -68,6 +68,9 @@ _PUBLISHED_ONLY_KEYS = {
 _CALLER_KEYS = ("attn_implementation", "experts_implementation", "output_attentions", "num_labels")
 
 
+# What the configuration of a whole model says of its decoder too.
+_SHARED_KEYS = ("dtype", "image_token_id", "quantization_config", "tie_word_embeddings")
+
 # More of them than any model has take minutes to be listed, let alone built.
 _MAX_LAYERS = 1024
 
@@ -130,6 +133,8 @@ class LongLLaVATextConfig(PreTrainedConfig):
             Whether the convolution, and the input and output projections, have a bias.
         output_router_logits (`bool`, defaults to `False`):
             Return the routers' logits, and add the load-balancing loss times `router_aux_loss_coef` to the loss.
+        image_token_id (`int`, *optional*):
+            Of the whole model that the decoder was taken from: as it has no vision tower, that id is refused.
         scan_implementation (`str`, *optional*):
             What computes the Mamba layers' recurrence: `"torch"`, `"triton"`, `"mamba_ssm"` or `"reference"`; by default
             the fastest that is there.
@@ -173,7 +178,31 @@ class LongLLaVATextConfig(PreTrainedConfig):
     mamba_dt_rank: int | str = "auto"
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    image_token_id: int | None = None
     scan_implementation: str | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~PreTrainedConfig.get_config_dict`]; of a whole model, what is said of its decoder.
+
+        Raises:
+            ValueError: if that has another decoder.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        whole, text_config = config_dict, config_dict.get(cls.base_config_key)
+        if isinstance(text_config, dict):
+            found = text_config.get("model_type", cls.model_type)
+            if found != cls.model_type:
+                raise ValueError(
+                    f"The decoder of `{pretrained_model_name_or_path}` is a `{found}` and no `{cls.model_type}`: load the"
+                    " whole model, and take its `language_model`."
+                )
+            shared = {name: whole[name] for name in _SHARED_KEYS if whole.get(name) is not None}
+            config_dict = {**text_config, **shared}
+        elif whole.get("model_type") == LlavaJambaConfig.model_type:
+            config_dict = {"image_token_id": LongLLaVAConfig.image_token_id, **whole}
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -214,6 +243,8 @@ class LongLLaVATextConfig(PreTrainedConfig):
         output = super().to_dict()
         if self._is_periodic():
             del output["layer_types"]
+        if self.image_token_id is None:
+            del output["image_token_id"]
         return output
 
     @property

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_longllava import LongLLaVACache, cache_rows, cached_length, is_empty, restored_on_error
 from .compat_longllava import CACHE, EXPANDS_ENCODER_OUTPUTS, accepts_cache, as_cache, execution_device, take_cache
@@ -54,6 +55,21 @@ def check_image_tokens(tokens: int, features: int) -> None:
     """Raises `ValueError` if there are more or fewer places for image tokens than image tokens."""
     if tokens != features:
         raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {features}")
+
+
+def check_no_image_tokens(input_ids: torch.Tensor, image_token_id: int | None) -> None:
+    """
+    Raises `ValueError` for image tokens where there are no pictures. A single token on another device than a CPU is not
+    looked at, as the host would have to wait for it; those that `generate` makes are none.
+    """
+    is_looked_at = input_ids.shape[-1] > 1 or input_ids.device.type == "cpu"
+    if image_token_id is None or input_ids.is_meta or is_torchdynamo_compiling() or not is_looked_at:
+        return
+    if tokens := int((input_ids == image_token_id).sum()):
+        raise ValueError(
+            f"There are {tokens} image tokens (id {image_token_id}) in `input_ids`, but no pictures for them. Give their"
+            " `pixel_values` to a model with a vision tower; of pipelines, `image-text-to-text` takes pictures."
+        )
 
 
 @dataclass
@@ -259,7 +275,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
     def new_context(self, cache: Cache | None = None) -> LongLLaVAContext:
         """An empty context, with an empty [`Cache`] of a kind that `generate` takes, or one of its own."""
         cache = LongLLaVACache(self.config) if cache is None else cache
-        return LongLLaVAContext(cache, getattr(self.config, "image_token_id", None))
+        takes_images = hasattr(self.config, "image_seq_length")
+        return LongLLaVAContext(cache, self.config.image_token_id if takes_images else None)
 
     # Pictures
 
@@ -282,6 +299,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         if pixel_values is not None and outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if outputs is None and (pixel_values is None or len(pixel_values) == 0):
+            if new.inputs_embeds is None:  # which may have pictures in them
+                check_no_image_tokens(new.input_ids, getattr(self.config, "image_token_id", None))  # type: ignore[arg-type]
             return new
         if not hasattr(self.model, "vision_tower"):
             raise ValueError(f"{type(self).__name__} has no vision tower, but pictures were given.")

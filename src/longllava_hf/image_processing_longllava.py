@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import ExifTags, Image, ImageOps
-from transformers import LlavaImageProcessorPil
+from transformers import AutoConfig, LlavaImageProcessorPil
 from transformers.image_processing_utils import BatchFeature, get_size_dict, select_best_resolution
 from transformers.image_utils import ChannelDimension, SizeDict, validate_preprocess_arguments
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, has_file, logging
 
+from .configuration_longllava import hub_arguments, locate_vision_tower
 from .sources_longllava import (
     LIMITS,
     NotAPictureError,
@@ -43,6 +44,9 @@ from .video_longllava import Frames, VideoFile
 
 # Grids of sub-images that "best_fit" chooses from: all up to 6 x 6 (arXiv 2406.16852, section 3).
 DEFAULT_GRID_PINPOINTS = [[rows, columns] for rows in range(1, 7) for columns in range(1, 7)]
+
+# What a tower's own folder says of how pictures are prepared for it.
+_TOWER_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
 
 _WORKERS = max(1, min(8, os.cpu_count() or 1))
 
@@ -467,6 +471,38 @@ class LongLLaVAImageProcessor(LlavaImageProcessorPil):
     image_grid_pinpoints = None
     image_seq_length = 144
     lazy = False
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~ImageProcessingMixin.get_image_processor_dict`]. A published folder has no settings, or CLIP's; its configuration
+        and its tower's folder tell the rest.
+        """
+        where, name = hub_arguments(kwargs), pretrained_model_name_or_path
+        subfolder, looked_up = where.get("subfolder", ""), {**where}
+        for option in ("force_download", "subfolder"):
+            looked_up.pop(option, None)
+        files = (PROCESSOR_NAME, kwargs.get("image_processor_filename", IMAGE_PROCESSOR_NAME))
+        settings: dict[str, Any] = {}
+        if any(has_file(name, os.path.join(subfolder, file), **looked_up) for file in files):
+            settings, kwargs = super().get_image_processor_dict(name, **kwargs)
+        if "image_seq_length" in settings:
+            return settings, kwargs
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        side = config.vision_config.image_size
+        tower = locate_vision_tower(config.vision_tower, name)
+        if os.path.isfile(os.path.join(tower, IMAGE_PROCESSOR_NAME)):
+            stored, _ = super().get_image_processor_dict(tower)
+            settings = {**{key: stored[key] for key in _TOWER_SETTINGS if key in stored}, **settings}
+        settings = {
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            **settings,
+            "patch_strategy": config.patch_strategy,
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+            "image_seq_length": config.image_seq_length,
+        }
+        return settings, kwargs
 
     def _to_array(self, picture: np.ndarray, name: str, settings: dict) -> tuple[np.ndarray, bool]:
         """An array as one of shape `(channels, height, width)`, uint8, and whether its values were given in 0..1."""

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .compat_longllava import accepts_cache, as_cache, execution_device, get_cache, is_instance
 from .configuration_longllava import LongLLaVAConfig, has_own_decoder
-from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, image_batches
+from .generation_longllava import LongLLaVAGenerationMixin, check_image_tokens, check_no_image_tokens, image_batches
 from .identity_longllava import is_finite
 from .image_processing_longllava import LazyPixelValues
 from .modeling_longllava_text import (
@@ -123,6 +123,7 @@ class LongLLaVAMultiModalProjector(nn.Module):
 class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     config: LongLLaVAConfig
     input_modalities = ("image", "text")
+    _keys_to_ignore_on_load_unexpected = None
     # Recorded by the decoder, whatever it is.
     _can_record_outputs: dict[str, Any] = {}
 
@@ -132,7 +133,8 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
 
     def __init__(self, config: LongLLaVAConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # What was asked for the experts is for the decoder: towers have none, and some refuse to be asked.
+        self.vision_tower = AutoModel.from_config(config.vision_config, experts_implementation=None)
         self.multi_modal_projector = LongLLaVAMultiModalProjector(config)
         # Without the Auto classes, which know nothing of it where the code comes with the checkpoint.
         build = LongLLaVATextModel._from_config if has_own_decoder(config) else AutoModel.from_config
@@ -256,7 +258,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         r"""
         pixel_values (`torch.Tensor` of shape `(images, 3, height, width)` or `LazyPixelValues`, *optional*):
             All images of the batch, in reading order; each fills `config.image_seq_length` placeholders, or it is a
-            `ValueError`.
+            `ValueError`. So are placeholders without images.
         mm_encoder_outputs (`dict`, *optional*):
             Under `"image"`, what [`~LongLLaVAModel.get_image_features`] returned, in place of `pixel_values`.
         """
@@ -276,6 +278,8 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif input_ids is not None:  # pictures may be in embeddings already
+            check_no_image_tokens(input_ids, self.config.image_token_id)
 
         if not isinstance(self.language_model, LongLLaVATextModel):
             # Other decoders tell packed sequences by their positions alone, and only without a mask and a cache.

@@ -51,7 +51,7 @@ from .compat_longllava import (
 )
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import choose_experts_forward, experts_reference, unpack_experts
-from .generation_longllava import LongLLaVAGenerationMixin
+from .generation_longllava import LongLLaVAGenerationMixin, check_no_image_tokens
 from .grouped_linear_longllava import planned_device
 from .int8_longllava import LongLLaVAInt8Linear
 from .selective_scan_longllava import selective_scan
@@ -430,6 +430,8 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
     config: LongLLaVATextConfig
     base_model_prefix = "model"
     input_modalities = ("text",)
+    # Of a checkpoint of the whole model.
+    _keys_to_ignore_on_load_unexpected = [r"\b(vision_tower|multi_modal_projector|mm_projector)\."]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongLLaVADecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
@@ -570,6 +572,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            check_no_image_tokens(input_ids, self.config.image_token_id)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
         check_cache(cache)
         self._check_states(cache)

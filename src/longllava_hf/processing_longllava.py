@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils import IMAGE_PROCESSOR_NAME, has_file, is_jinja_available, logging
+from transformers.utils import is_jinja_available, logging
 from transformers.video_utils import VideoInput
 
 from .compat_longllava import merge_processor_kwargs
-from .configuration_longllava import hub_arguments, locate_vision_tower, named_errors
+from .configuration_longllava import hub_arguments, named_errors
 from .image_processing_longllava import LongLLaVAImageProcessor, LongLLaVAImageProcessorKwargs
 from .video_longllava import Frames, VideoFile, check_num_frames
 
@@ -128,7 +128,7 @@ class LongLLaVAProcessor(ProcessorMixin):
         hub_kwargs = hub_arguments(kwargs)
         with named_errors("The processor", pretrained_model_name_or_path):
             processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
-            stored = cls._stored_settings(pretrained_model_name_or_path, processor_dict, hub_kwargs)
+            stored, _ = LongLLaVAImageProcessor.get_image_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
             image_processor = LongLLaVAImageProcessor.from_dict({**stored, **settings})
             image_processor.check_settings()
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -138,29 +138,6 @@ class LongLLaVAProcessor(ProcessorMixin):
             processor.tokenizer("?")  # which says what is wrong with its settings
             _check_template(processor)
         return loaded
-
-    @staticmethod
-    def _stored_settings(folder, processor_dict: dict, hub_kwargs: dict) -> dict[str, Any]:
-        """The image processor's own; a published folder has none, or CLIP's, and the configuration tells the rest."""
-        settings = processor_dict.get("image_processor")
-        if settings is None:
-            where = {name: value for name, value in hub_kwargs.items() if name not in ("force_download", "subfolder")}
-            name, settings = os.path.join(hub_kwargs.get("subfolder", ""), IMAGE_PROCESSOR_NAME), {}
-            if has_file(folder, name, **where):
-                settings, _ = LongLLaVAImageProcessor.get_image_processor_dict(folder, **hub_kwargs)
-        if "image_seq_length" in settings:
-            return settings
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub_kwargs)
-        side = config.vision_config.image_size
-        return {
-            "size": {"shortest_edge": side},
-            "crop_size": {"height": side, "width": side},
-            **_tower_settings(locate_vision_tower(config.vision_tower, folder)),
-            **settings,
-            "patch_strategy": config.patch_strategy,
-            "image_grid_pinpoints": config.image_grid_pinpoints,
-            "image_seq_length": config.image_seq_length,
-        }
 
     def __call__(
         self,
@@ -442,15 +419,6 @@ def _check_template(processor: LongLLaVAProcessor) -> None:
         return
     with contextlib.suppress(ChatTemplateError):
         processor.apply_chat_template([{"role": "user", "content": "?"}])
-
-
-def _tower_settings(tower: str) -> dict[str, Any]:
-    """How the tower's own folder says that pictures are prepared for it; nothing where it is elsewhere."""
-    if not os.path.isfile(os.path.join(tower, IMAGE_PROCESSOR_NAME)):
-        return {}
-    stored, _ = LongLLaVAImageProcessor.get_image_processor_dict(tower)
-    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
-    return {name: stored[name] for name in names if name in stored}
 
 
 def _before_replacement(offsets, replacements: list[dict]) -> list[tuple[int, int]]:
