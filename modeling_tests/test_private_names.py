@@ -22,6 +22,7 @@ CONTRACT = {
     "_can_record_outputs",
     "_init_weights",
     "_is_stateful",
+    "_keys_to_ignore_on_load_unexpected",
     "_no_split_modules",
     "_skip_keys_device_placement",
     "_supports_attention_backend",

@@ -386,8 +386,18 @@ class LongLLaVAGenerationMixin(GenerationMixin):
           other decoders than LongLLaVA's own), or at once where hidden states or attentions are to be returned.
         - `cache` (`past_key_values`) may be a [`LongLLaVAContext`], which the inputs repeat or go on from, and which then
           holds the answer too, but for its last token. If anything goes wrong, or is interrupted, it is left as it was.
+        - a `streamer` is ended by an error too, so that whoever reads it in another thread does not wait for ever.
         """
         kwargs.update(zip(_PARAMETERS, args))
+        try:
+            return self._generate_prompt(**kwargs)
+        except BaseException:
+            if (streamer := kwargs.get("streamer")) is not None:
+                streamer.end()
+            raise
+
+    def _generate_prompt(self, **kwargs):
+        """`generate` without its arguments by position."""
         cache, config = take_cache(kwargs), self._resolve_config(kwargs)
         context = cache if isinstance(cache, LongLLaVAContext) else None
         cache = cache if context is None else context.cache
