@@ -68,9 +68,9 @@ class LongLLaVATextModelTest(CommonTests, unittest.TestCase):
 
 
 class LongLLaVAModelTester(LongLLaVATextModelTester):
-    """A picture of four tokens in each row."""
+    """A picture of four tokens in each row, and as many rows as the host's tests fill their inputs up to."""
 
-    seq_length, tokens_per_image = 11, 4
+    batch_size, seq_length, tokens_per_image = 7, 11, 4
 
     def __init__(self, parent):
         self.parent = parent
@@ -94,6 +94,7 @@ class LongLLaVAModelTester(LongLLaVATextModelTester):
 class LongLLaVAModelTest(CommonTests, unittest.TestCase):
     all_model_classes = (LongLLaVAModel, LongLLaVAForConditionalGeneration)
     _is_composite = True
+    additional_model_inputs = ["pixel_values"]  # there are no placeholders without pictures
     test_all_params_have_gradient = False  # the tower's layers after `vision_feature_layer` have none
 
     def setUp(self):

@@ -356,6 +356,8 @@ class LongLLaVAConfig(PreTrainedConfig):
             text_config = {"model_type": LongLLaVATextConfig.model_type, **(self.text_config or {})}
             # Without the Auto classes, which know nothing of it where the code comes with the checkpoint.
             is_own = text_config["model_type"] == LongLLaVATextConfig.model_type
+            if is_own:
+                text_config["image_token_id"] = self.image_token_id
             self.text_config = (LongLLaVATextConfig if is_own else AutoConfig.for_model)(**text_config)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
