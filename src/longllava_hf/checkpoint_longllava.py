@@ -212,6 +212,9 @@ class StoredTensor:
     def __init__(self, file: str, name: str, shape: Iterable[int]):
         self.file, self.name, self.shape = file, name, tuple(shape)
 
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
     def __getitem__(self, index) -> torch.Tensor:
         with safe_open(self.file, framework="pt") as pointer:
             return pointer.get_slice(self.name)[index].clone()
@@ -394,6 +397,28 @@ def check_weights(
     return {name for name in found.keys() - expected.keys() if not _BESIDE_A_WEIGHT.search(name)}
 
 
+def check_parallel_plan(config: PreTrainedConfig, kwargs: Mapping[str, Any], quantization: Any) -> None:
+    """
+    Raises `ValueError` for what cannot be cut and would give other answers: of LongLLaVA's own decoder, Mamba layers and
+    experts, which stay whole on each device; and weights that are quantised.
+
+    Args:
+        config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]).
+        kwargs (`Mapping`): the arguments of `from_pretrained`, with `tp_plan`, `tp_size` or `distributed_config`.
+        quantization (*optional*): the quantisation of the weights.
+    """
+    distributed = kwargs.get("distributed_config")
+    plans = [kwargs.get("tp_plan"), *(getattr(distributed, name, None) for name in ("tp_plan", "ep_plan"))]
+    if not any(plans) and not kwargs.get("tp_size") and (getattr(distributed, "tp_size", None) or 1) == 1:
+        return
+    names = sorted(name for plan in plans if isinstance(plan, dict) for name in plan)
+    whole = [name for name in names if re.search(r"\.(mamba|router|experts)\b", name)]
+    if whole and has_own_decoder(config):
+        raise ValueError(f"Mamba layers and experts stay whole on each device, but a parallel plan was given for {whole}.")
+    if quantization is not None:
+        raise ValueError("Quantised weights are not cut for tensor parallelism: leave out one of the two.")
+
+
 def _finish_save(name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """Complete a save that was interrupted. A `config` that was read from the folder already is read again."""
     folder = os.path.join(name, kwargs.get("subfolder") or "")
@@ -444,6 +469,7 @@ class PublishedPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = requested
         if config is not None:
             kwargs["key_mapping"] = {**dict(published_names(config)), **(kwargs.get("key_mapping") or {})}
+            check_parallel_plan(config, kwargs, requested or stored)
         adapter, tensors = None, {}
         if name is not None and kwargs.get("state_dict") is None:
             tensors = cls._check_checkpoint(config, name, model_args, kwargs, requested or stored)

@@ -146,6 +146,17 @@ class LongLLaVATextConfig(PreTrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "num_experts"}
+    # Mamba layers and experts stay whole on each device: of the former's `in_proj` and the latter's `gate_up_proj` a device's
+    # share would not be one piece.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
 
     vocab_size: int = 65536
     tie_word_embeddings: bool = False

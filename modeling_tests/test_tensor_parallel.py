@@ -1,0 +1,82 @@
+"""Transformers' tensor parallelism: two processes give the logits of one, and what cannot be cut is refused."""
+
+import os
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+
+from longllava_hf import (
+    TINY,
+    LongLLaVAForConditionalGeneration,
+    LongLLaVAInt8Config,
+    LongLLaVATextConfig,
+    LongLLaVATextModel,
+)
+
+from .conftest import published, small_config
+
+
+IDS = torch.tensor([[1, 20, 30, 40, 50], [1, 21, 31, 41, 51]])
+
+
+def test_every_entry_of_the_plan_is_a_layer_that_divides():
+    model = LongLLaVATextModel(small_config().text_config)
+    modules = {re.sub(r"\b\d+\b", "*", name): module for name, module in model.named_modules()}
+    for name, style in LongLLaVATextConfig.base_model_tp_plan.items():
+        assert isinstance(modules[name], torch.nn.Linear) and style in ("colwise", "rowwise")
+    assert not any(re.search("mamba|experts|router", name) for name in LongLLaVATextConfig.base_model_tp_plan)
+
+
+@pytest.mark.parametrize("part", ["feed_forward.experts", "feed_forward.experts.down_proj", "mamba.in_proj"])
+def test_what_stays_whole_is_not_cut(part):
+    """Experts whose outputs are added although each device has all of them gave another answer."""
+    plan = {f"model.language_model.layers.*.{part}": "rowwise"}
+    for options in ({"distributed_config": DistributedConfig(tp_plan=plan, tp_size=2)}, {"tp_plan": plan}):
+        with pytest.raises(ValueError, match=f"stay whole on each device.*{re.escape(part)}"):
+            AutoModelForImageTextToText.from_pretrained(TINY, **options)
+
+
+def test_quantised_weights_are_not_cut():
+    options = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
+    with pytest.raises(ValueError, match="Quantised weights are not cut"):
+        AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=LongLLaVAInt8Config(), **options)
+
+
+def run_rank(rank: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    parallel = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
+    whole = LongLLaVAForConditionalGeneration.from_pretrained(name).eval()
+    model = LongLLaVAForConditionalGeneration.from_pretrained(name, **parallel).eval()
+    cut = {n.split(".layers.4.")[1] for n, p in model.named_parameters() if hasattr(p, "placements") and ".layers.4." in n}
+    assert {f"self_attn.{kind}_proj.weight" for kind in "qkvo"} < cut, cut
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-4, atol=1e-4)
+    pictures = torch.rand(1, 3, *[model.config.vision_config.image_size] * 2)
+    torch.distributed.broadcast(pictures, 0)
+    size, token = model.config.image_seq_length, model.config.image_token_id
+    inputs = {"input_ids": torch.tensor([[1, *[token] * size, 30, 40]]), "pixel_values": pictures}
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **greedy), whole.generate(**inputs, **greedy))
+    model.save_pretrained(f"{folder}/saved")
+    torch.distributed.barrier()
+    again = LongLLaVAForConditionalGeneration.from_pretrained(f"{folder}/saved")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    # Experts that are spread over devices there are none.
+    with pytest.raises(ValueError, match="ep_plan"):
+        parallel = {"distributed_config": DistributedConfig(tp_size=2, enable_expert_parallel=True)}
+        LongLLaVAForConditionalGeneration.from_pretrained(name, **parallel)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["native", "dense"])
+def test_two_processes_give_the_logits_of_one(tmp_path, kind):
+    """`native` has experts, which each process computes whole; `dense` is a published checkpoint, as the 9B one."""
+    name = TINY if kind == "native" else published(kind)
+    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path), str(name)), nprocs=2)
