@@ -310,3 +310,18 @@ def test_an_error_ends_a_stream(tiny_model, tiny_processor, tmp_path, fault):
     assert "".join(streamer) == ""
     call.join()
     assert isinstance(call.error, kinds) and said in str(call.error)
+
+
+# What a paged cache cannot hold
+
+
+def test_continuous_batching_is_refused(tiny_model):
+    """Once the answers came back empty, with the error in the log."""
+    match = "no continuous batching: .*neither Mamba's states nor pictures"
+    with pytest.raises(NotImplementedError, match=match):
+        tiny_model.init_continuous_batching()
+    with pytest.raises(NotImplementedError, match=match):
+        tiny_model.generate_batch(inputs=[[1, 20, 30], [1, 40]])
+    with pytest.raises(NotImplementedError, match=match):
+        with tiny_model.continuous_batching_context_manager():
+            pass

@@ -414,7 +414,9 @@ def check_parallel_plan(config: PreTrainedConfig, kwargs: Mapping[str, Any], qua
     names = sorted(name for plan in plans if isinstance(plan, dict) for name in plan)
     whole = [name for name in names if re.search(r"\.(mamba|router|experts)\b", name)]
     if whole and has_own_decoder(config):
-        raise ValueError(f"Mamba layers and experts stay whole on each device, but a parallel plan was given for {whole}.")
+        raise ValueError(
+            f"Mamba layers and experts stay whole on each device, but a parallel plan was given for {whole}."
+        )
     if quantization is not None:
         raise ValueError("Quantised weights are not cut for tensor parallelism: leave out one of the two.")
 

@@ -219,8 +219,9 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         """
         if is_first_iteration and unread_tokens is not None:
             next_sequence_length = unread_tokens
-        elif not is_first_iteration and cache is not None and kwargs.get("use_cache", True):
-            kwargs.pop("mm_encoder_outputs", None)  # which older releases go on giving
+        # For whoever reads the prompt: an assistant does so in an iteration that is not called the first.
+        encoded, use_cache = kwargs.pop("mm_encoder_outputs", None), kwargs.get("use_cache", True)
+        reads_prompt = is_first_iteration or is_empty(cache) or not use_cache
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -230,6 +231,8 @@ class LongLLaVAGenerationMixin(GenerationMixin):
             **as_cache(cache),
             **kwargs,
         )
+        if encoded is not None and reads_prompt:
+            model_inputs["mm_encoder_outputs"] = encoded
         if self._is_wrapped() and cache is not None:
             model_inputs["past_key_values"] = cache  # PEFT 0.21 knows no other name
         return model_inputs
@@ -277,6 +280,13 @@ class LongLLaVAGenerationMixin(GenerationMixin):
         cache = LongLLaVACache(self.config) if cache is None else cache
         takes_images = hasattr(self.config, "image_seq_length")
         return LongLLaVAContext(cache, self.config.image_token_id if takes_images else None)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises `NotImplementedError`, whatever the arguments: nor do `generate_batch` and the context manager work."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no continuous batching: Transformers' paged cache holds keys and values of text alone,"
+            " and neither Mamba's states nor pictures. Give `generate` a batch, or serve the model with vLLM."
+        )
 
     # Pictures
 
