@@ -656,6 +656,7 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
     """The decoder with its head, for text alone. Loads Jamba checkpoints too."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: LongLLaVATextConfig):
         super().__init__(config)
