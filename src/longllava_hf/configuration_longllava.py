@@ -147,8 +147,9 @@ class LongLLaVATextConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "num_experts"}
     # Mamba layers and experts stay whole on each device: of the former's `in_proj` and the latter's `gate_up_proj` a device's
-    # share would not be one piece.
+    # share would not be one piece. The embedding is cut as a head that is tied to it: newer releases do so by themselves.
     base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
