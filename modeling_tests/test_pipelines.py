@@ -134,6 +134,20 @@ def test_the_text_part_alone(tmp_path, kind, quantization):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "text")) is LongLLaVAForCausalLM
 
 
+@torch.no_grad()
+def test_the_text_part_with_a_tied_head(tmp_path):
+    torch.manual_seed(0)
+    whole = LongLLaVAForConditionalGeneration(small_config(tie_word_embeddings=True)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    text = LongLLaVAForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert text.lm_head.weight is text.model.embed_tokens.weight
+    expected = whole.model(TEXT).last_hidden_state @ whole.model.language_model.embed_tokens.weight.T
+    torch.testing.assert_close(text(TEXT).logits, expected)
+    text.save_pretrained(tmp_path / "text")
+    again = LongLLaVAForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert again.config.tie_word_embeddings and torch.equal(again(TEXT).logits, text(TEXT).logits)
+
+
 def test_the_text_part_of_another_decoder(tmp_path):
     text = {"model_type": "qwen2", "vocab_size": 120, "num_hidden_layers": 2, "hidden_size": 32}
     small_config(text_config=text).save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from transformers.distributed import DistributedConfig
 
 from longllava_hf import (
     TINY,
+    LongLLaVAForCausalLM,
     LongLLaVAForConditionalGeneration,
     LongLLaVAInt8Config,
     LongLLaVATextConfig,
@@ -31,19 +32,48 @@ def test_every_entry_of_the_plan_is_a_layer_that_divides():
     assert not any(re.search("mamba|experts|router", name) for name in LongLLaVATextConfig.base_model_tp_plan)
 
 
+@pytest.fixture
+def two_processes(monkeypatch):
+    """As far as a configuration is told."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
 @pytest.mark.parametrize("part", ["feed_forward.experts", "feed_forward.experts.down_proj", "mamba.in_proj"])
-def test_what_stays_whole_is_not_cut(part):
+def test_what_stays_whole_is_not_cut(part, two_processes):
     """Experts whose outputs are added although each device has all of them gave another answer."""
     plan = {f"model.language_model.layers.*.{part}": "rowwise"}
-    for options in ({"distributed_config": DistributedConfig(tp_plan=plan, tp_size=2)}, {"tp_plan": plan}):
+    config = {"tp_plan": plan, "tp_size": 2}
+    for options in (
+        {"distributed_config": DistributedConfig(**config)},
+        {"distributed_config": config},
+        {"tp_plan": plan},
+    ):
         with pytest.raises(ValueError, match=f"stay whole on each device.*{re.escape(part)}"):
             AutoModelForImageTextToText.from_pretrained(TINY, **options)
 
 
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"tp_plan": "auto"}, {"tp_size": 2, "tp_plan": {}}])
+def test_expert_parallelism_is_refused(options, two_processes):
+    config = {"enable_expert_parallel": True, **options}
+    for distributed in (DistributedConfig(**config), config):
+        with pytest.raises(
+            ValueError, match="experts stay whole on each device, but expert parallelism was asked for"
+        ):
+            AutoModelForImageTextToText.from_pretrained(TINY, distributed_config=distributed)
+
+
+def test_pipeline_parallelism_is_refused():
+    """Transformers puts stages into `forward` alone."""
+    with pytest.raises(ValueError, match="no pipeline parallelism: `device_map`"):
+        LongLLaVAForCausalLM.from_pretrained(TINY, distributed_config={"pp_size": 2})
+
+
 def test_quantised_weights_are_not_cut():
-    options = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=2)}
-    with pytest.raises(ValueError, match="Quantised weights are not cut"):
-        AutoModelForImageTextToText.from_pretrained(TINY, quantization_config=LongLLaVAInt8Config(), **options)
+    config = {"tp_plan": "auto", "tp_size": 2}
+    for distributed in (DistributedConfig(**config), config):
+        options = {"quantization_config": LongLLaVAInt8Config(), "distributed_config": distributed}
+        with pytest.raises(ValueError, match="Quantised weights are not cut"):
+            AutoModelForImageTextToText.from_pretrained(TINY, **options)
 
 
 def run_rank(rank: int, folder: str, name: str) -> None:

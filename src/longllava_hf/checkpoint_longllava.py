@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps
+from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -400,23 +401,30 @@ def check_weights(
 def check_parallel_plan(config: PreTrainedConfig, kwargs: Mapping[str, Any], quantization: Any) -> None:
     """
     Raises `ValueError` for what cannot be cut and would give other answers: of LongLLaVA's own decoder, Mamba layers and
-    experts, which stay whole on each device; and weights that are quantised.
+    experts, which stay whole on each device; weights that are quantised; and any model into stages of a pipeline, past
+    which `prefill` would read.
 
     Args:
         config ([`LongLLaVAConfig`] or [`LongLLaVATextConfig`]).
         kwargs (`Mapping`): the arguments of `from_pretrained`, with `tp_plan`, `tp_size` or `distributed_config`.
         quantization (*optional*): the quantisation of the weights.
     """
-    distributed = kwargs.get("distributed_config")
-    plans = [kwargs.get("tp_plan"), *(getattr(distributed, name, None) for name in ("tp_plan", "ep_plan"))]
-    if not any(plans) and not kwargs.get("tp_size") and (getattr(distributed, "tp_size", None) or 1) == 1:
+    distributed = kwargs.get("distributed_config") or {name: kwargs.get(name) for name in ("tp_plan", "tp_size")}
+    if isinstance(distributed, dict):
+        distributed = DistributedConfig.from_dict(distributed)
+    if (distributed.pp_size or 1) > 1:
+        raise ValueError(
+            "There is no pipeline parallelism: `device_map` places layers on several devices of one process."
+        )
+    is_expert_parallel = distributed.enable_expert_parallel
+    if (distributed.tp_size or 1) == 1 and not is_expert_parallel:
         return
+    plans = [distributed.tp_plan, getattr(distributed, "ep_plan", None)]
     names = sorted(name for plan in plans if isinstance(plan, dict) for name in plan)
     whole = [name for name in names if re.search(r"\.(mamba|router|experts)\b", name)]
-    if whole and has_own_decoder(config):
-        raise ValueError(
-            f"Mamba layers and experts stay whole on each device, but a parallel plan was given for {whole}."
-        )
+    if (whole or is_expert_parallel) and has_own_decoder(config):
+        asked = f"a parallel plan was given for {whole}" if whole else "expert parallelism was asked for"
+        raise ValueError(f"Mamba layers and experts stay whole on each device, but {asked}.")
     if quantization is not None:
         raise ValueError("Quantised weights are not cut for tensor parallelism: leave out one of the two.")
 
