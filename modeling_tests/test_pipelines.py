@@ -13,6 +13,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.generation import BaseStreamer
 
 # Older releases hide this class behind torchvision, which it does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -324,6 +325,15 @@ def test_an_error_ends_a_stream(tiny_model, tiny_processor, tmp_path, fault):
     assert "".join(streamer) == ""
     call.join()
     assert isinstance(call.error, kinds) and said in str(call.error)
+
+
+def test_an_error_does_not_end_a_stream_of_another_kind(tiny_model):
+    """Transformers' server puts the error into its own, which has to come before the end."""
+    streamer, calls = BaseStreamer(), []
+    streamer.put, streamer.end = (lambda _: None), (lambda: calls.append("end"))
+    with pytest.raises(ValueError, match="image tokens"):
+        tiny_model.generate(torch.tensor([[1, tiny_model.config.image_token_id, 2]]), streamer=streamer)
+    assert not calls
 
 
 # What a paged cache cannot hold

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -396,13 +396,14 @@ class LongLLaVAGenerationMixin(GenerationMixin):
           other decoders than LongLLaVA's own), or at once where hidden states or attentions are to be returned.
         - `cache` (`past_key_values`) may be a [`LongLLaVAContext`], which the inputs repeat or go on from, and which then
           holds the answer too, but for its last token. If anything goes wrong, or is interrupted, it is left as it was.
-        - a `streamer` is ended by an error too, so that whoever reads it in another thread does not wait for ever.
+        - a [`TextStreamer`] is ended by an error too, so that whoever reads it in another thread does not wait for ever.
         """
         kwargs.update(zip(_PARAMETERS, args))
         try:
             return self._generate_prompt(**kwargs)
         except BaseException:
-            if (streamer := kwargs.get("streamer")) is not None:
+            # Other streamers are of callers that see to errors, as Transformers' server does.
+            if isinstance(streamer := kwargs.get("streamer"), TextStreamer):
                 streamer.end()
             raise
 
