@@ -50,7 +50,12 @@ def _counts_changes(layer_class: type) -> type:
 
 
 def _writable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of one that was made under `torch.inference_mode` and may not be written to any more."""
+    """
+    The tensor, or a copy of one that was made under `torch.inference_mode` and may not be written to any more. Nobody can ask
+    for that in a graph, so a compiled model gets a copy, which the compiler makes only where it has to.
+    """
+    if torch.compiler.is_compiling():
+        return tensor.clone()
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
@@ -70,8 +75,11 @@ class PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """As [`DynamicLayer.update`]."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return super().update(key_states, value_states, *args, **kwargs)  # autograd needs the past as it was
+        needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        # Autograd needs the past as it was; and a graph that asks where its inputs lie is compiled for each token anew.
+        if needs_grad or torch.compiler.is_compiling():
+            self.buffers = {}
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append("keys", key_states)

@@ -52,7 +52,7 @@ from .compat_longllava import (
 from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import choose_experts_forward, experts_reference, unpack_experts
 from .generation_longllava import LongLLaVAGenerationMixin, check_no_image_tokens
-from .grouped_linear_longllava import planned_device
+from .grouped_linear_longllava import has_triton_kernels, planned_device
 from .int8_longllava import LongLLaVAInt8Linear
 from .selective_scan_longllava import selective_scan
 
@@ -368,6 +368,9 @@ class LongLLaVAExperts(nn.Module):
         ):
             if experts_implementation == "eager":
                 return experts_reference(*inputs, gate_up, down, self.act_fn)
+            if torch.compiler.is_compiling() and not has_triton_kernels(hidden_states):
+                # The loop asks how many tokens each expert has, which is no part of a graph.
+                experts_implementation = "grouped_mm"
             # Of what is quantised or has adapters Transformers' functions know nothing.
             if experts_implementation in (None, EXPERTS_IMPLEMENTATION) or not (gate_up.is_plain and down.is_plain):
                 forward = choose_experts_forward(hidden_states, gate_up, down, self.act_fn)
