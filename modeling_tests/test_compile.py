@@ -78,3 +78,53 @@ def test_compiled_and_eager_share_a_cache(model):
     torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 10:], **CLOSE)
     with pytest.raises(ValueError, match="changed by something else"):
         context.check_unchanged()
+
+
+def test_prompts_share_a_graph(model):
+    """Of another length the second prompt makes lengths a variable, and the third makes nothing."""
+    lengths = (12, 20, 33, 47)
+    prompts = [torch.randint(6, 100, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    with torch.no_grad():
+        expected = [model(ids, use_cache=True).logits for ids in prompts]
+        graphs, seen = compiled(model), []
+        for ids, logits in zip(prompts, expected):
+            torch.testing.assert_close(model(ids, use_cache=True).logits, logits, **CLOSE)
+            seen.append(len(graphs))
+    assert seen == [1, 2, 2, 2]
+
+
+def export(model, is_grad_enabled: bool = False) -> torch.export.ExportedProgram:
+    """The decoder without a cache, for any length from 8 on."""
+    length = {1: torch.export.Dim("length", min=8, max=4096)}
+    arguments = {"input_ids": prompt(rows=2)["input_ids"], "attention_mask": prompt(rows=2)["attention_mask"]}
+    shapes = {"input_ids": length, "attention_mask": length, "use_cache": None}
+    with torch.set_grad_enabled(is_grad_enabled):
+        return torch.export.export(model, (), {**arguments, "use_cache": False}, dynamic_shapes=shapes, strict=False)
+
+
+@torch.no_grad()
+def test_export(model, tmp_path):
+    torch.export.save(export(model), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    for length in (8, 31, 600):
+        ids = torch.randint(6, 100, (2, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[1, :5] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        found, expected = exported(**inputs).logits, model(**inputs).logits
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+    with pytest.raises(AssertionError, match=r"size\(\)\[1\] >= 8"):
+        exported(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=False)
+
+
+def test_export_with_gradients_raises(model):
+    """The loops of a scan that keeps what its backward pass needs are those of one length."""
+    with pytest.raises(Exception, match="length"):
+        export(model, is_grad_enabled=True)
+
+
+@torch.no_grad()
+def test_export_with_pictures_raises(model):
+    """Whether there are as many image tokens as placeholders is asked of the ids, which a graph does not know."""
+    with pytest.raises(Exception, match="data-dependent"):
+        torch.export.export(model, (), {**prompt(images=1), "use_cache": False}, strict=False)

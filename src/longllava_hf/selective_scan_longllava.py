@@ -74,10 +74,15 @@ def _one_token(u, delta, A, B, C, D, z, initial_state, seq_idx):
     return (y * F.silu(z.to(dtype))).to(u.dtype), state
 
 
+def _shapes(u, delta, A, B, C, D, z, initial_state, seq_idx):
+    """Output and state, not computed."""
+    return torch.empty_like(u), u.new_empty(*u.shape[:2], A.shape[1], dtype=state_dtype(u))
+
+
 @torch.no_grad()
 def _meta_scan(u, delta, A, B, C, D, z, initial_state, seq_idx):
     """On `meta`: what the scan would allocate, and nothing else."""
-    y, final_state = torch.empty_like(u), u.new_empty(*u.shape[:2], A.shape[1], dtype=state_dtype(u))
+    y, final_state = _shapes(u, delta, A, B, C, D, z, initial_state, seq_idx)
     if not has_triton_kernels(u):
         allocate_block(y, u, delta, A, B, C, D, z, seq_idx)
     return y, final_state
@@ -89,6 +94,23 @@ def _no_tokens(u, delta, A, B, C, D, z, initial_state, seq_idx):
     if initial_state is None:
         initial_state = u.new_zeros(*u.shape[:2], A.shape[1], dtype=dtype)
     return u, initial_state.to(dtype)
+
+
+def _opaque_scan(u, delta, A, B, C, D, z, initial_state, seq_idx):
+    """The scan in blocks, as an operator that a graph calls: its loops would make another graph for every length."""
+    return torch.ops.longllava.selective_scan(u, delta, A, B, C, D, z, initial_state, seq_idx)
+
+
+# Code that comes with a checkpoint may be imported several times; an operator is there once.
+if not hasattr(torch.ops.longllava, "selective_scan"):
+    torch.library.custom_op(
+        "longllava::selective_scan",
+        BlockedScan.apply,
+        mutates_args=(),
+        schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor? initial_state, Tensor? seq_idx)"
+        " -> (Tensor, Tensor)",
+    )
+    torch.library.register_fake("longllava::selective_scan", _shapes)
 
 
 _SCANS: dict[str, Callable] = {
@@ -171,6 +193,8 @@ def selective_scan(
         scan = _no_tokens
     elif u.shape[-1] == 1 and name == "torch":
         scan = _one_token
+    elif torch.compiler.is_compiling() and name == "torch" and not torch.is_grad_enabled():
+        scan = _opaque_scan
     has_autocast = not u.is_meta and torch.is_autocast_enabled(u.device.type)
     # States are float32, whatever surrounds them.
     with torch.autocast(u.device.type, enabled=False) if has_autocast else nullcontext():
