@@ -128,3 +128,9 @@ def test_export_with_pictures_raises(model):
     """Whether there are as many image tokens as placeholders is asked of the ids, which a graph does not know."""
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(model, (), {**prompt(images=1), "use_cache": False}, strict=False)
+
+
+@torch.no_grad()
+def test_export_with_a_cache_raises(model):
+    with pytest.raises(Exception, match="LongLLaVACache"):
+        torch.export.export(model, (), {"input_ids": prompt()["input_ids"], "use_cache": True}, strict=False)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
 import longllava_hf
 from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
@@ -205,6 +206,31 @@ def test_memory_footprint_counts_every_byte(tmp_path, method):
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     offsets = 4 * sum(name.endswith("nested_absmax") for name in model.state_dict())
     assert model.get_memory_footprint() == stored + buffers + offsets
+
+
+def test_memory_footprint_of_weights_made_of_others():
+    """As torchao's, which say that they are of the dtype that they stand for."""
+    model = load()
+    before, projection = model.get_memory_footprint(), model.model.language_model.layers[4].self_attn.q_proj
+    weight = projection.weight.detach()
+    projection.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+    assert model.get_memory_footprint() == before + weight.nbytes
+
+
+def test_torchao():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model, small = load(), load(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    assert cosine(logits(model), logits(small)) > 0.99
+    layers = [layer for layer in small.modules() if hasattr(getattr(layer, "weight", None), "__tensor_flatten__")]
+    assert any(layer is small.model.language_model.layers[1].feed_forward.experts.down_proj for layer in layers)
+    # A byte in place of four; scales and zero points of rows take some back.
+    saved, most = (
+        model.get_memory_footprint() - small.get_memory_footprint(),
+        3 * sum(x.weight.numel() for x in layers),
+    )
+    assert most - 16 * sum(len(layer.weight) for layer in layers) < saved < most
 
 
 @pytest.mark.parametrize("method", ["none", *METHODS])

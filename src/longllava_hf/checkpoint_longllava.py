@@ -398,6 +398,13 @@ def check_weights(
     return {name for name in found.keys() - expected.keys() if not _BESIDE_A_WEIGHT.search(name)}
 
 
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of those that a subclass of it is made of, such as integers and their scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
 def check_parallel_plan(config: PreTrainedConfig, kwargs: Mapping[str, Any], quantization: Any) -> None:
     """
     Raises `ValueError` for what cannot be cut and would give other answers: of LongLLaVA's own decoder, Mamba layers and
@@ -571,8 +578,12 @@ class PublishedPreTrainedModel(PreTrainedModel):
             save(folder, is_main_process, *options, **kwargs)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones."""
-        return super().get_memory_footprint(return_buffers) + scale_bytes(self)
+        """
+        Bytes of all weights, as [`~PreTrainedModel.get_memory_footprint`], with the scales of quantised ones, and of those
+        that are made of other tensors, as torchao's are, the bytes of these.
+        """
+        footprint = super().get_memory_footprint(return_buffers) + scale_bytes(self)
+        return footprint + sum(_stored_bytes(weight) - weight.nbytes for weight in self.parameters())
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """As [`~PreTrainedModel.dequantize`]; to the dtype of the weights that are not quantised, unless told."""
