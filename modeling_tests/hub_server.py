@@ -40,6 +40,8 @@ class Hub(ThreadingHTTPServer):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.objects[value["oid"]]
             else:
@@ -130,7 +132,16 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 repo_id = f"{owner}/{name}"
                 siblings = [{"rfilename": file} for file in files]
-                self.answer({"id": repo_id, "modelId": repo_id, "sha": oid, "siblings": siblings, "tags": []})
+                self.answer(
+                    {
+                        "id": repo_id,
+                        "modelId": repo_id,
+                        "sha": oid,
+                        "siblings": siblings,
+                        "tags": [],
+                        "private": hub.private[repo_id],
+                    }
+                )
             case [owner, name, "resolve", revision, *parts]:
                 oid, files = hub.files(f"{owner}/{name}", revision)
                 content = files["/".join(parts)]

@@ -110,15 +110,20 @@ def python(tmp_path_factory) -> list[str]:
     return [sys.executable, "-I", "-S", "run.py", str(folder)]
 
 
+def push(hub, folder: Path, *options: str, repo_id: str = REPO_ID) -> subprocess.CompletedProcess:
+    variables = {**hub.variables, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "longllava_hf.cli", "hub", "push", str(folder), repo_id, *options]
+    return subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def hub(exported):
     """A Hub to which the checkpoint was pushed, and what the command said."""
     with hub_server() as hub:
-        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
-        hub.variables = variables
-        command = [sys.executable, "-m", "longllava_hf.cli", "hub", "push", str(exported), REPO_ID, "--private"]
-        environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        hub.variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
+        done = push(hub, exported, "--private")
         assert done.returncode == 0, done.stderr[-3000:]
         hub.said = done.stdout
         yield hub
@@ -153,7 +158,12 @@ def test_nothing_is_overwritten(exported, tmp_path):
     # Nor is the card of a checkpoint that has one.
     source = shutil.copytree(TINY, tmp_path / "source")
     (source / "README.md").write_text("mine")
-    assert (export_checkpoint(str(source), str(tmp_path / "kept")) / "README.md").read_text() == "mine"
+    # What else lies beside weights that were trained is for nobody else.
+    for name in ("optimizer.pt", "training_args.bin", "old_longllava.py", "trainer_state.json"):
+        (source / name).write_text("{}")
+    kept = export_checkpoint(str(source), str(tmp_path / "kept"))
+    assert (kept / "README.md").read_text() == "mine"
+    assert {file.name for file in kept.iterdir()} == {file.name for file in exported.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +201,35 @@ def test_what_is_not_pushed(exported, tmp_path, capsys):
     os.truncate(damaged / "model.safetensors", 1 << 20)
     assert main(["hub", "push", str(damaged), REPO_ID]) == 2
     assert "is not pushed" in capsys.readouterr().err
+    # As the package saves again what was exported: `auto_map`, and nothing that it leads to.
+    (damaged / "modeling_longllava.py").unlink()
+    assert main(["hub", "push", str(damaged), REPO_ID]) == 2
+    assert "such as `modeling_longllava.py`" in capsys.readouterr().err
+
+
+def test_a_push_replaces_what_was_there(exported, hub, tmp_path):
+    """Also where that had other files; cards that were pinned before, and a repository that is not private."""
+    repo_id = "someone/again"
+    whole = shutil.copytree(exported, tmp_path / "whole")
+    quick_start = 'checkpoint, revision = "someone/old", "' + "b" * 40 + '"'
+    (whole / "README.md").write_text(f"mine\n{quick_start}\n")
+    assert push(hub, whole, repo_id=repo_id).returncode == 0
+    pinned, before = hub.commits[repo_id][1]
+    assert hub.files(repo_id)[1]["README.md"].decode() == f'mine\ncheckpoint, revision = "{repo_id}", "{pinned}"\n'
+
+    sharded = shutil.copytree(exported, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    LongLLaVAForConditionalGeneration.from_pretrained(TINY).save_pretrained(tmp_path / "shards", max_shard_size="3MB")
+    for file in (tmp_path / "shards").glob("*.safetensors*"):
+        shutil.copyfile(file, sharded / file.name)
+    hub.commits[repo_id].append(("c" * 40, {**before, "old_longllava.py": b""}))
+    done = push(hub, sharded, repo_id=repo_id)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert hub.files(repo_id)[1].keys() == {file.name for file in sharded.iterdir()}
+
+    commits = len(hub.commits[repo_id])
+    done = push(hub, sharded, "--private", repo_id=repo_id)
+    assert done.returncode == 2 and "exists and is public" in done.stderr
+    assert len(hub.commits[repo_id]) == commits
 
 
 @pytest.mark.parametrize("order", ["model first", "processor first", "folder"])
@@ -273,12 +312,25 @@ def test_cards_of_ones_own(tmp_path):
     (tmp_path / "card.json").write_text('{"license": "mit", "description": "Reads meters."}')
     rendered = render_card(TINY, str(tmp_path / "card.json"))
     assert rendered.data.license == "mit" and "Reads meters." in rendered.text and rendered.data.eval_results
-    (tmp_path / "card.json").write_text('{"licence": "mit"}')
-    with pytest.raises(ValueError, match="has \\['licence'\\]"):
-        render_card(TINY, str(tmp_path / "card.json"))
-    (tmp_path / "card.json").write_text("mit")
-    with pytest.raises(ValueError, match="is not JSON"):
-        render_card(TINY, str(tmp_path / "card.json"))
+    (tmp_path / "card.json").write_text('{"question": "What does \\"STOP\\" mean?"}')
+    (code,) = re.findall(r"```python\n(.*?)```", render_card(TINY, str(tmp_path / "card.json")).text, re.DOTALL)
+    compile(code, "card", "exec")
+    for card, message in {
+        '{"licence": "mit"}': "has the key 'licence'",
+        "mit": "is not JSON",
+        "[]": "must be a JSON object, but is a list",
+        '{"limits": 3}': "'limits' in .* must be like",
+        '{"datasets": [3]}': "'datasets' in .* must be like",
+        '{"results": {"meters": "97 %"}}': "The result 'meters' in .* must be a number",
+    }.items():
+        (tmp_path / "card.json").write_text(card)
+        with pytest.raises(ValueError, match=message):
+            render_card(TINY, str(tmp_path / "card.json"))
+    # Before anything is converted.
+    source = shutil.copytree(TINY, tmp_path / "source", ignore=shutil.ignore_patterns("*.safetensors"))
+    (source / "results.json").write_text('{"results": {"mmlu": {"acc": 0.5}}}')
+    with pytest.raises(ValueError, match=r"The result 'results' in .* must be a number"):
+        export_checkpoint(str(source), str(tmp_path / "exported"))
     with pytest.raises(FileNotFoundError, match="expected one of LongLLaVA-53B-A13B"):
         export_checkpoint(TINY, str(tmp_path / "exported"), card="longllava-9b")
     assert not (tmp_path / "exported").exists()

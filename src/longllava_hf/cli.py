@@ -232,7 +232,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def hub_export(arguments: argparse.Namespace) -> None:
-    print(f"Wrote {export_checkpoint(arguments.source, arguments.destination, arguments.card)}")
+    print(f"Wrote {export_checkpoint(local_model(arguments.source), arguments.destination, arguments.card)}")
 
 
 def hub_push(arguments: argparse.Namespace) -> None:
@@ -402,7 +402,7 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
     (hub_push, "Put such a folder on the Hub.", [
         _option("source", help="folder that `longllava hub export` wrote"),
         _option("repo_id", help="the repository, which is made if there is none"),
-        _option("--private", action="store_true", help="make a private one"),
+        _option("--private", action="store_true", help="make a private one; one that is there must be private"),
     ]),
     (verify, "Whether a kept context or a checkpoint is whole, and what is wrong with it if not.", [
         _option("path", help="file of a context, or folder of a checkpoint"),

@@ -3,13 +3,17 @@
 
 import json
 import os
+import re
 import shutil
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from packaging.requirements import Requirement
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
 from . import __version__
 from .configuration_longllava import LongLLaVAConfig, has_own_decoder
@@ -20,6 +24,8 @@ from .modeling_longllava import LongLLaVAForConditionalGeneration
 from .plan import MemoryPlan, MemoryPlanner
 from .verify import verify
 
+
+logger = logging.get_logger(__name__)
 
 # What the Auto classes find under their names.
 AUTO_MAP = {
@@ -35,20 +41,25 @@ AUTO_MAP = {
 _CARDS = Path(__file__).parent / "hub_card"
 # The line of a card's quick start that a push replaces, as only then there are a repository and a commit.
 _QUICK_START = 'checkpoint, revision = "path/to/this/folder", None'
-# What a card says beside what is computed, and where nothing is said.
+_ANY_QUICK_START = re.compile(r"^checkpoint, revision = .+$", re.MULTILINE)
+# What another push, of other weights or another version, may have left in a repository.
+_REPLACED = ["*.safetensors", "*.bin", "*.index.json", "*.py"]
+# What lies beside weights that were trained and is not for others: code of other versions, states of optimizers, pickles.
+_LEFT_OUT = ("*.py", "*.pt", "*.pth", "*.pkl", "*.bin", "trainer_state.json")
+# What a card says beside what is computed, and where nothing is said. Values are of these types.
 _CARD_DEFAULTS: dict[str, Any] = {
-    "name": None,
+    "name": "",
     "description": "",
     "question": "What is in this picture?",
-    "license": None,
-    "license_name": None,
-    "license_link": None,
-    "language": None,
-    "base_model": None,
+    "license": "",
+    "license_name": "",
+    "license_link": "",
+    "language": "",
+    "base_model": "",
     "tags": ["longllava"],
-    "datasets": None,
+    "datasets": [],
     "metric": "accuracy",
-    "results": None,
+    "results": {},
     "results_note": "",
     "results_source": {},
     "limits": [],
@@ -56,6 +67,8 @@ _CARD_DEFAULTS: dict[str, Any] = {
 # What memory is planned for.
 _CARD_IMAGES = 1000
 _CARD_MEMORY = int(80e9)
+# Of what this package requires, what the code of an exported checkpoint does.
+_NEEDED = ("torch", "transformers", "pillow", "safetensors", "huggingface_hub")
 
 
 def code_files() -> list[Path]:
@@ -82,19 +95,44 @@ def cards() -> list[str]:
     return sorted(file.stem for file in _CARDS.glob("*.json"))
 
 
-def _read_card(card: str | None) -> dict[str, Any]:
-    if card is None:
-        return dict(_CARD_DEFAULTS)
-    file = _CARDS / f"{card}.json" if card in cards() else Path(card)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no card `{card}`: expected one of {', '.join(cards())}, or a JSON file.")
+def _read_object(file: Path) -> dict[str, Any]:
+    """Raises `ValueError` for a file that is no JSON object."""
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"The card `{card}` is not JSON: {error}.") from error
-    if not isinstance(facts, dict) or (unknown := sorted(facts.keys() - _CARD_DEFAULTS.keys())):
-        found = unknown if isinstance(facts, dict) else type(facts).__name__
-        raise ValueError(f"The card `{card}` must be an object with keys of {list(_CARD_DEFAULTS)}, but has {found}.")
+        raise ValueError(f"`{file}` is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{file}` must be a JSON object, but is a {type(content).__name__}.")
+    return content
+
+
+def _check_results(results: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Raises `ValueError` for results that are no numbers."""
+    for name, value in results.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"The result {name!r} in `{file}` must be a number, but is {value!r}.")
+    return results
+
+
+def _read_card(card: str | None, folder: str | os.PathLike | None = None) -> dict[str, Any]:
+    """What a card says, and the results of a folder's `results.json` unless it has its own."""
+    facts: dict[str, Any] = {}
+    if card is not None:
+        file = _CARDS / f"{card}.json" if card in cards() else Path(card)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"There is no card `{card}`: expected one of {', '.join(cards())}, or a JSON file."
+            )
+        facts = _read_object(file)
+        for key, value in facts.items():
+            if key not in _CARD_DEFAULTS:
+                raise ValueError(f"`{file}` has the key {key!r}: expected those of {list(_CARD_DEFAULTS)}.")
+            kind, parts = type(_CARD_DEFAULTS[key]), value if isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
+                raise ValueError(f"{key!r} in `{file}` must be like {_CARD_DEFAULTS[key]!r}, but is {value!r}.")
+        _check_results(facts.get("results", {}), file)
+    if folder is not None and "results" not in facts and (file := Path(folder) / "results.json").is_file():
+        facts["results"] = _check_results(_read_object(file), file)
     return {**_CARD_DEFAULTS, **facts}
 
 
@@ -118,15 +156,12 @@ def render_card(folder: str | os.PathLike, card: str | None = None) -> ModelCard
         card (`str`, *optional*): what cannot be computed: one of [`cards`], or a JSON file like those in `hub_card`.
 
     Raises:
-        ValueError: for a card that is no JSON, or says what is not known.
+        ValueError: for a card or `results.json` that is no JSON object, or has keys or values that make no sense.
         OSError: without such a card.
     """
-    facts, folder = _read_card(card), Path(folder)
+    facts, folder = _read_card(card, folder), Path(folder)
     config = LongLLaVAConfig.from_pretrained(folder)
-    name = facts.pop("name") or folder.name
-    results = facts["results"]
-    if results is None and (file := folder / "results.json").is_file():
-        results = json.loads(file.read_text(encoding="utf-8"))
+    name, results = facts["name"] or folder.name, facts["results"]
     task, source = "image-text-to-text", facts["results_source"]
     evaluations = [
         EvalResult(
@@ -138,17 +173,16 @@ def render_card(folder: str | os.PathLike, card: str | None = None) -> ModelCard
             source_name=source.get("name"),
             source_url=source.get("url"),
         )
-        for dataset, value in (results or {}).items()
+        for dataset, value in results.items()
     ]
-    front_matter = {k: facts[k] for k in ("license", "license_name", "license_link", "language", "base_model", "tags")}
+    front_matter = ("license", "license_name", "license_link", "language", "base_model", "datasets", "tags")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        datasets=facts["datasets"],
         metrics=[facts["metric"]] if results else None,
         model_name=name,
         eval_results=evaluations or None,
-        **front_matter,
+        **{key: facts[key] for key in front_matter if facts[key]},
     )
     text_config, is_own = config.get_text_config(), has_own_decoder(config)
     with torch.device("meta"):
@@ -166,6 +200,7 @@ def render_card(folder: str | os.PathLike, card: str | None = None) -> ModelCard
         parameters=parameters,
         quick_start=_QUICK_START,
         version=__version__,
+        requirements=[str(r) for r in map(Requirement, requires("longllava_hf") or []) if r.name in _NEEDED],
         dtype=str(dtype).removeprefix("torch."),
         memory=_CARD_MEMORY,
         plans=_plan_memory(config, dtype),
@@ -194,10 +229,12 @@ def export_checkpoint(source: str, destination: str, card: str | None = None) ->
     target = Path(destination)
     if os.path.lexists(target):
         raise FileExistsError(f"The destination `{target}` exists already.")
-    _read_card(card)
+    _read_card(card, source)  # what is wrong with it is known before anything is converted
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as work, write_errors(target):
         folder = convert_checkpoint(source, str(work / target.name))
+        for file in [file for pattern in _LEFT_OUT for file in folder.glob(pattern)]:
+            file.unlink()
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
         _add_auto_maps(folder)
@@ -217,28 +254,42 @@ def push_checkpoint(folder: str, repo_id: str, private: bool | None = None) -> C
     Args:
         folder (`str`): of [`export_checkpoint`].
         repo_id (`str`): the repository; it is made if there is none.
-        private (`bool`, *optional*): whether a new one is; the default is that of the account or organisation.
+        private (`bool`, *optional*): whether a new one is; the default is that of the account or organisation. One that is
+            there already must be private then.
 
     Returns:
         `CommitInfo`: of weights and code; `oid` is the revision to pin.
 
     Raises:
-        ValueError: if the folder carries no code, or [`verify`] finds something wrong with it.
+        ValueError: if the folder carries no code, [`verify`] finds something wrong with it, or a public repository would have
+            to be private.
         HfHubHTTPError: for what the Hub refuses.
     """
     config, readme = Path(folder) / "config.json", Path(folder) / "README.md"
-    if not config.is_file() or "auto_map" not in json.loads(config.read_text(encoding="utf-8")):
-        raise ValueError(f"`{folder}` carries no code: expected a folder that `longllava hub export` wrote.")
+    missing = [file.name for file in code_files() if not (Path(folder) / file.name).is_file()]
+    if not config.is_file() or "auto_map" not in _read_object(config) or missing:
+        lacks = f"such as `{missing[0]}`" if missing else "as its `config.json` has no `auto_map`"
+        raise ValueError(f"`{folder}` carries no code, {lacks}: expected a folder that `longllava hub export` wrote.")
     if problems := verify(folder)["problems"]:
         raise ValueError(f"`{folder}` is not pushed: {'; '.join(problems)}")
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"`{repo_id}` exists and is public: make it private first, or push without `private`.")
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, ignore_patterns="README.md", commit_message="Weights and code"
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns="README.md",
+        delete_patterns=_REPLACED,
+        commit_message="Weights and code",
     )
     if readme.is_file():
         quick_start = f'checkpoint, revision = "{repo_id}", "{commit.oid}"'
-        text = readme.read_text(encoding="utf-8").replace(_QUICK_START, quick_start)
+        text, found = _ANY_QUICK_START.subn(quick_start, readme.read_text(encoding="utf-8"))
+        if not found:
+            logger.warning(
+                f"`{readme}` has no quick start as `longllava hub export` writes it, and so names no commit."
+            )
         api.upload_file(
             repo_id=repo_id, path_or_fileobj=text.encode(), path_in_repo="README.md", commit_message="Model card"
         )

@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import json
 import logging as python_logging
+import os
 import socket
 import threading
 import time
@@ -504,7 +505,8 @@ def serve(model: str, device: str, quantization: str = "none", host: str = "127.
     """
     LIMITS.allow_local_files = False  # a client's text is no path
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name != "nt":  # where it would let two servers listen at one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
