@@ -120,6 +120,22 @@ class LongLLaVAMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
+def project_patches(
+    hidden_states: tuple[torch.Tensor, ...], projector: LongLLaVAMultiModalProjector, config: LongLLaVAConfig
+) -> torch.Tensor:
+    """
+    What the decoder reads of pictures, from the hidden states of all layers of the tower, each of shape
+    `(images, 1 + patches, hidden size of the tower)`, to `(images, image_seq_length, hidden_size)`.
+    """
+    features = hidden_states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]
+    # Key difference to LLaVA: the patches are pooled; LongLLaVA does so before the projector, LongVA after it.
+    if config.pooling_order == "before_projector":
+        return projector(pool_patches(features, config.pooling_mode))
+    return pool_patches(projector(features), config.pooling_mode)
+
+
 class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     config: LongLLaVAConfig
     input_modalities = ("image", "text")
@@ -174,14 +190,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         requested = kwargs.pop("output_hidden_states", None)
         requested = self.config.output_hidden_states if requested is None else requested
         outputs = tower(pixel_values, return_dict=True, output_hidden_states=True, **kwargs)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        # Key difference to LLaVA: the patches are pooled; LongLLaVA does so before the projector, LongVA after it.
-        if self.config.pooling_order == "before_projector":
-            features = self.multi_modal_projector(pool_patches(features, self.config.pooling_mode))
-        else:
-            features = pool_patches(self.multi_modal_projector(features), self.config.pooling_mode)
+        features = project_patches(outputs.hidden_states, self.multi_modal_projector, self.config)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(features),  # type: ignore[arg-type]
@@ -387,4 +396,10 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
         )
 
 
-__all__ = ["LongLLaVAForConditionalGeneration", "LongLLaVAModel", "LongLLaVAPreTrainedModel", "pool_patches"]
+__all__ = [
+    "LongLLaVAForConditionalGeneration",
+    "LongLLaVAModel",
+    "LongLLaVAPreTrainedModel",
+    "pool_patches",
+    "project_patches",
+]

@@ -37,7 +37,7 @@ from vllm.sequence import IntermediateTensors
 from ..checkpoint_longllava import has_vision_tower, load_vision_tower
 from ..configuration_longllava import LongLLaVAConfig, LongLLaVATextConfig
 from ..image_processing_longllava import DEFAULT_GRID_PINPOINTS, LongLLaVAImageProcessor, picture_size
-from ..modeling_longllava import LongLLaVAMultiModalProjector, pool_patches
+from ..modeling_longllava import LongLLaVAMultiModalProjector, project_patches
 from ..processing_longllava import LongLLaVAProcessor
 from ..video_longllava import Frames
 from .vllm_plugin import VLLM_PREFIXES, to_vllm_name
@@ -265,14 +265,8 @@ class LongLLaVAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsP
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(tiles, 3, height, width)` to `(tiles, image_seq_length, hidden_size)`."""
-        config = self.config
         outputs = self.vision_tower(pixel_values, output_hidden_states=True)
-        features = outputs.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        if config.pooling_order == "before_projector":
-            return self.multi_modal_projector(pool_patches(features, config.pooling_mode))
-        return pool_patches(self.multi_modal_projector(features), config.pooling_mode)
+        return project_patches(outputs.hidden_states, self.multi_modal_projector, self.config)
 
     def embed_multimodal(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """
