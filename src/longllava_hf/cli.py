@@ -1,5 +1,8 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `longllava ask`, `chat`, `web`, `serve`, `convert`, `hub export`, `hub push`, `verify`, `plan`, `info`."""
+"""
+The command line: `longllava ask`, `chat`, `web`, `serve`, `convert`, `data convert`, `hub export`, `hub push`, `verify`,
+`plan`, `info`.
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ from .profiling import profile_decoding
 from .selective_scan_longllava import choose_scan
 from .session import Session, Visual, open_visual
 from .sources_longllava import LIMITS
+from .training.data import convert_data
 from .verify import verify as verify_path
 
 
@@ -231,6 +236,20 @@ def verify(arguments: argparse.Namespace) -> None:
         print("whole")
 
 
+def data_convert(arguments: argparse.Namespace) -> None:
+    names = ("images", "videos", "num_frames", "sub_images", "skip_bad")
+    result = convert_data(
+        arguments.source, arguments.destination, **{name: getattr(arguments, name) for name in names}
+    )
+    if arguments.json:
+        print(json.dumps(asdict(result), indent=2))
+        return
+    print(f"Wrote {result.rows:,} rows with {result.images:,} images and {result.videos:,} videos.")
+    if result.skipped:
+        print(f"Left out {len(result.skipped):,}:")
+        print("\n".join(result.skipped))
+
+
 def hub_export(arguments: argparse.Namespace) -> None:
     print(f"Wrote {export_checkpoint(local_model(arguments.source), arguments.destination, arguments.card)}")
 
@@ -394,6 +413,16 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("destination", help="folder that does not exist yet"),
         _option("--to", choices=["native", "published"], default="native"),
     ]),
+    (data_convert, "Rewrite LLaVA-style JSON as rows to train on, one a line.", [
+        _option("source", help="a JSON file with a list of samples, or a .jsonl with one a line"),
+        _option("destination", help="the .jsonl to write"),
+        _option("--images", metavar="FOLDER", help="of the pictures (default: that of the source)"),
+        _option("--videos", metavar="FOLDER", help="of the videos (default: that of the pictures)"),
+        _option("--num-frames", type=int, help="frames that a video is sampled by (default: the processor's)"),
+        _option("--sub-images", action="store_true", help="also cut pictures into sub-images"),
+        _option("--skip-bad", action="store_true", help="leave out samples that are wrong, and list them"),
+        _JSON,
+    ]),
     (hub_export, "A folder for the Hub: the checkpoint in the native layout, the code that runs it, and a model card.", [
         _option("source", help="folder or Hub id"),
         _option("destination", help="folder that does not exist yet"),
@@ -428,6 +457,8 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
 ]  # fmt: skip
 
 
+_GROUPS = {"data": "Commands for data to train on.", "hub": "Commands for the Hub."}
+
 _EXIT_CODES = (
     "Exit codes: 0 all went well; 1 something unforeseen; 2 what was asked for cannot be done, for the reason"
 )
@@ -443,7 +474,7 @@ def build_parser() -> argparse.ArgumentParser:
     for function, description, options in _COMMANDS:
         group, _, name = function.__name__.rpartition("_")
         if group not in groups:
-            group_parser = groups[""].add_parser(group, help="Commands for the Hub.")
+            group_parser = groups[""].add_parser(group, help=_GROUPS[group])
             groups[group] = group_parser.add_subparsers(dest=f"{group}_command", required=True)
         command = groups[group].add_parser(name, help=description, description=description)
         command.set_defaults(function=function)

@@ -425,6 +425,29 @@ class LazyPixelValues:
             self._like,
         )
 
+    @classmethod
+    def cat(cls, parts: "list[LazyPixelValues]") -> "LazyPixelValues":
+        """
+        As [`torch.cat`] of those that one processor made, such as the rows of a batch. Where only some were made with
+        `patch_strategy="best_fit"`, so it stays.
+
+        Raises:
+            ValueError: if they were made with other settings.
+        """
+        best_fit = [part for part in parts if part._settings["patch_strategy"] == "best_fit"]
+        first, items = (best_fit or parts)[0], []
+        for part in parts:
+            whole_only = part not in best_fit
+            ignored = ("patch_strategy", "image_grid_pinpoints") if whole_only else ()
+            settings = {**part._settings, **{name: first._settings[name] for name in ignored}}
+            if settings != first._settings or part.shape[1:] != first.shape[1:]:
+                other = [name for name, value in settings.items() if value != first._settings[name]]
+                raise ValueError(f"Lazy pictures with other settings ({', '.join(other)}) cannot be in one batch.")
+            items += [(item, whole or whole_only) for item, whole in part._items]
+        counts = [count for part in parts for count in part._counts]
+        shape: Any = tuple(first.shape[1:])
+        return cls(items, first._processor, first._settings, counts, shape, like=first._like)
+
     def skip(self, items: int) -> "LazyPixelValues":
         """The same without the first so many pictures or films."""
         return self._select(slice(items, None))

@@ -321,20 +321,24 @@ class LongLLaVAProcessor(ProcessorMixin):
                 videos or turns.
         """
         try:
-            return super().apply_chat_template(self._checked(conversation), chat_template=chat_template, **kwargs)
+            return super().apply_chat_template(self.checked(conversation), chat_template=chat_template, **kwargs)
         except Exception as error:
             # What a template refuses in so many words, and no subclass of it, such as that for its syntax.
             if type(error).__name__ != "TemplateError":
                 raise
             raise ChatTemplateError(f"The chat template refuses the conversation: {error}") from error
 
-    def _checked(self, conversation):
-        """A copy of one conversation or a batch of them, in which everything is known."""
+    def checked(self, conversation, placeholders: bool = False):
+        """
+        A copy of one conversation or a batch of them, in which everything is known; raises `ValueError` as
+        [`~LongLLaVAProcessor.apply_chat_template`] does. With `placeholders`, `<image>` and `<video>` may stand in a content
+        that is a string: pictures and videos are given beside the conversation then, as data for training has them.
+        """
         conversation = getattr(conversation, "messages", conversation)
         if not isinstance(conversation, (list, tuple)) or len(conversation) == 0:
             raise ValueError(f"A conversation must be a list of at least 1 message, but it is {conversation!r}.")
         if not isinstance(conversation[0], dict) and not hasattr(conversation[0], "role"):
-            return [self._checked(one) for one in conversation]
+            return [self.checked(one, placeholders) for one in conversation]
         messages, conversation = [], [_as_dict(message) for message in conversation]
         for index, message in enumerate(conversation):
             name = f"Message {index}"
@@ -349,7 +353,7 @@ class LongLLaVAProcessor(ProcessorMixin):
                 )
             content = message.get("content")
             if isinstance(content, str):
-                self._check_text(content, name)
+                self._check_text(content, name, placeholders and role == "user")
             elif isinstance(content, (list, tuple)):
                 blocks = enumerate(map(_as_dict, content))
                 content = [self._checked_block(block, role, f"{name}, block {i},") for i, block in blocks]
@@ -382,7 +386,9 @@ class LongLLaVAProcessor(ProcessorMixin):
             block = {**block, **{key: Frames(block[key]) for key in keys}}
         return copy.copy(block)
 
-    def _check_text(self, text: str, name: str) -> None:
+    def _check_text(self, text: str, name: str, placeholders: bool = False) -> None:
+        if placeholders:
+            text = text.replace(self.image_token, "").replace(self.video_token, "")
         for token in (self.image_token, self.video_token):
             if token in text:
                 raise ValueError(
