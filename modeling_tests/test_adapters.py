@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
@@ -99,3 +100,13 @@ def test_a_folder_of_an_adapter(tmp_path, quantized):
         assert (model(**INPUTS).logits - plain(**INPUTS).logits).abs().max() > 1e-3
         if not quantized:
             torch.testing.assert_close(model(**INPUTS).logits, base(**INPUTS).logits)
+
+
+def test_base_weights_reach_experts_below_an_adapter(tmp_path):
+    """Through `load_state_dict`, one by one as they are saved."""
+    fresh().save_pretrained(tmp_path)
+    model = LongLLaVAForConditionalGeneration(small_config())
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*experts\.(gate_up_proj|down_proj)", r=2))
+    found = model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert all("lora_" in name for name in found.missing_keys) and not found.unexpected_keys
+    torch.testing.assert_close(model(**INPUTS).logits, fresh()(**INPUTS).logits)

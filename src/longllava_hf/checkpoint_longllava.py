@@ -36,7 +36,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .bitsandbytes_longllava import dequantize_4bit_layers, row_quantizer, scale_bytes, use_own_products
+from .bitsandbytes_longllava import dequantize_4bit_layers, is_blockwise, row_quantizer, scale_bytes, use_own_products
 from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
 from .configuration_longllava import (
     LongLLaVATextConfig,
@@ -335,6 +335,56 @@ def expert_names(stacked: str, num_experts: int) -> list[str]:
     prefix, _, weight = stacked.rpartition(".experts.")
     parts = _EXPERT_PARTS[weight.partition(".")[0]]
     return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(num_experts) for part in parts]
+
+
+def load_split_experts(
+    experts: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """
+    Load pre-hook of [`LongLLaVAExperts`], called with the arguments of torch's `register_load_state_dict_pre_hook`. Lets
+    `load_state_dict`, with which `Trainer` resumes, take experts one by one, as [`~PreTrainedModel.save_pretrained`] writes
+    them, beside stacked ones. Those that are not there, as in one file of several, stay as they are and are missing keys.
+    """
+    for stacked, parts in _EXPERT_PARTS.items():
+        layer = getattr(experts, stacked)
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        inner = "base_layer." * (base is not layer)
+        names = [f"{prefix}{i}.{part}.weight" for i in range(experts.num_experts) for part in parts]
+        found = [name for name in names if name in state_dict]
+        if not found or f"{prefix}{stacked}.{inner}weight" in state_dict:
+            continue
+        if not base.weight.is_floating_point() or is_blockwise(base):
+            error_msgs.append(
+                f"{found[0]} cannot be put into {prefix}{stacked}, which is quantised: use `from_pretrained`."
+            )
+            continue
+        shape = torch.Size((base.out_features // len(names), base.in_features))
+        if wrong := [name for name in found if state_dict[name].shape != shape]:
+            error_msgs += [f"size mismatch for {n}: {state_dict[n].shape}, but the model has {shape}" for n in wrong]
+        elif len(found) == len(names):
+            state_dict[f"{prefix}{stacked}.{inner}weight"] = torch.cat([state_dict.pop(name) for name in names])
+        elif not base.weight.is_meta:
+            weight = base.weight.detach()
+            for name, rows in zip(names, weight.chunk(len(names))):
+                if name in state_dict:
+                    rows.copy_(state_dict.pop(name))
+                else:
+                    missing_keys.append(name)
+            state_dict[f"{prefix}{stacked}.{inner}weight"] = weight
+
+
+def load_tied_weights(model: Any, state_dict: dict[str, Any], prefix: str, *args) -> None:
+    """Load pre-hook of a model: weights that are tied are stored once, which leaves none of them missing."""
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if prefix + source in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + source])
 
 
 def expected_shapes(model: PreTrainedModel, present: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:

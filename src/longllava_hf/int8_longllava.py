@@ -107,6 +107,24 @@ def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return linear
 
 
+def refuse_unquantized_weight(
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load pre-hook of [`LongLLaVAInt8Linear`], called with the arguments of torch's `register_load_state_dict_pre_hook`."""
+    weight = state_dict.get(name := f"{prefix}weight")
+    if weight is not None and weight.dtype != torch.int8:
+        error_msgs.append(
+            f"{name} must be int8 with scales, but is {weight.dtype}: use `from_pretrained` to quantise it."
+        )
+
+
 class LongLLaVAInt8Linear(nn.Linear):
     """
     A frozen linear layer: `weight` `(out_features, in_features)` in int8, `weight_scale` `(out_features,)` in float32.
@@ -117,6 +135,7 @@ class LongLLaVAInt8Linear(nn.Linear):
         self.weight = nn.Parameter(self.weight.to(torch.int8), requires_grad=False)
         scale = torch.ones(out_features, device=device, dtype=torch.float32)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.register_load_state_dict_pre_hook(refuse_unquantized_weight)
 
     def _apply(self, fn, recurse: bool = True):
         # A scale follows its weight to another device, but not the model to another dtype.

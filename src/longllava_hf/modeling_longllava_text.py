@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .cache_longllava import LongLLaVACache
 from .causal_conv1d_longllava import causal_conv1d, sequence_starts
-from .checkpoint_longllava import PublishedPreTrainedModel
+from .checkpoint_longllava import PublishedPreTrainedModel, load_split_experts, load_tied_weights
 from .compat_longllava import (
     CACHE,
     OutputRecorder,
@@ -352,6 +352,7 @@ class LongLLaVAExperts(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size * config.num_experts, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(load_split_experts)
 
     def forward(
         self,
@@ -451,6 +452,7 @@ class LongLLaVATextPreTrainedModel(SettableExperts, PublishedPreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # A recurrent state cannot be rolled back, so `generate` refuses assisted decoding.
         self._is_stateful = "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+        self.register_load_state_dict_pre_hook(load_tied_weights)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As [`~PreTrainedModel.get_correct_experts_implementation`]; the default is this package's own."""
