@@ -387,14 +387,14 @@ def test_a_finished_shard_that_is_damaged_is_made_anew(published_copy, damage):
 def test_no_damaged_shard_is_published(published_copy, monkeypatch):
     folder = published_copy()
     in_shards(folder)
-    write_settings = convert_module._write_settings
+    write_settings = convert_module.write_settings
 
     def damage(source, partial, *args, **kwargs):
         write_settings(source, partial, *args, **kwargs)
         os.truncate(partial / "model-00002-of-00003.safetensors", 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "_write_settings", damage)
+        patch.setattr(convert_module, "write_settings", damage)
         with pytest.raises(OSError, match=r"not what was written: .*model-00002-of-00003\.safetensors"):
             convert_checkpoint(str(folder), str(folder.parent / "converted"))
     assert not (folder.parent / "converted").exists()

@@ -1,7 +1,7 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The command line: `longllava ask`, `chat`, `web`, `serve`, `convert`, `data convert`, `hub export`, `hub push`, `verify`,
-`plan`, `info`.
+The command line: `longllava ask`, `chat`, `web`, `serve`, `convert`, `data convert`, `train`, `downcycle`, `hub export`,
+`hub push`, `verify`, `plan`, `info`.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from .selective_scan_longllava import choose_scan
 from .session import Session, Visual, open_visual
 from .sources_longllava import LIMITS
 from .training.data import convert_data
+from .training.downcycle import downcycle as downcycle_checkpoint
 from .verify import verify as verify_path
 
 
@@ -250,6 +251,19 @@ def data_convert(arguments: argparse.Namespace) -> None:
         print("\n".join(result.skipped))
 
 
+def train(arguments: argparse.Namespace) -> None:
+    from .training.recipe import train as run_recipe  # which needs PyYAML, and imports Trainer
+
+    trainer = run_recipe(arguments.recipe)
+    print(f"Wrote {trainer.args.output_dir}, after {trainer.state.global_step:,} steps.")
+
+
+def downcycle(arguments: argparse.Namespace) -> None:
+    names = ("method", "expert", "down_scale")
+    options = {name: getattr(arguments, name) for name in names}
+    print(f"Wrote {downcycle_checkpoint(local_model(arguments.source), arguments.destination, **options)}")
+
+
 def hub_export(arguments: argparse.Namespace) -> None:
     print(f"Wrote {export_checkpoint(local_model(arguments.source), arguments.destination, arguments.card)}")
 
@@ -422,6 +436,17 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("--sub-images", action="store_true", help="also cut pictures into sub-images"),
         _option("--skip-bad", action="store_true", help="leave out samples that are wrong, and list them"),
         _JSON,
+    ]),
+    (train, "Run a recipe, or go on with it where its last checkpoint was saved.", [
+        _option("recipe", metavar="CONFIG.yaml", help="where to start, what to train, and on what; see docs/training.md"),
+    ]),
+    (downcycle, "Make a dense checkpoint of one with experts, to be trained further.", [
+        _option("source", help="folder or Hub id"),
+        _option("destination", help="folder that does not exist yet"),
+        _option("--method", choices=["expert", "arithmetic", "spherical"], default="expert",
+                help="take one expert, or the mean of their weights, or of the directions of these (default: expert)"),
+        _option("--expert", type=int, default=0, help="which one to take (default: 0)"),
+        _option("--down-scale", type=float, default=1.0, help="factor of `down_proj`; the authors' script has 0.045 (default: 1)"),
     ]),
     (hub_export, "A folder for the Hub: the checkpoint in the native layout, the code that runs it, and a model card.", [
         _option("source", help="folder or Hub id"),

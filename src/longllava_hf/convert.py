@@ -42,7 +42,7 @@ _TOWER_FOLDER = "vision_tower"
 _WEIGHTS_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|.+\.index\.json")
 
 
-def _check(source: str, files: list[str], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
+def check_source(source: str, files: list[str], config: LongLLaVAConfig, names: list[tuple[str, str]]) -> bool:
     """Whether the vision tower is there; everything else must be. Reads no more than the files' headers."""
     if not files:
         raise OSError(f"`{source}` has no weights: no model.safetensors or pytorch_model.bin, nor an index of either.")
@@ -193,7 +193,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
     _check_folders(folder, target, partial)
     config = LongLLaVAConfig.from_pretrained(folder)
     paths = checkpoint_files(folder)
-    has_tower = _check(source, paths, config, published_names(config))
+    has_tower = check_source(source, paths, config, published_names(config))
     files = [Path(path) for path in paths]
     with _work_folder(partial, target):
         job = {"to": to, **_describe_source(folder, files, config, has_tower)}
@@ -202,7 +202,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
                 raise FileExistsError(f"The destination `{target}` exists already.")
         else:
             finished = _convert_shards(files, partial, folder, config, job, has_tower)
-            _write_settings(folder, partial, config, to, keep={file.name for file in files})
+            write_settings(folder, partial, config, to, keep={file.name for file in files})
             settle(partial)
             hashes = _hash_files(partial / shard for shard in finished)
             if damaged := [f"`{file}`" for file, found in hashes.items() if found != finished[file.name]["sha256"]]:
@@ -247,7 +247,7 @@ def _convert_shards(
     return finished
 
 
-def _write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: str, keep: set[str]) -> None:
+def write_settings(folder: Path, partial: Path, config: LongLLaVAConfig, to: str, keep: set[str]) -> None:
     """Everything beside the weights: the configuration, the processor, and files that need no change."""
     written = {"config.json", _PROGRESS_FILE, *keep}
     for file in folder.iterdir():
@@ -284,4 +284,4 @@ def _write_tower(partial: Path, config: LongLLaVAConfig) -> None:
         tower.to(next(iter(weights.values())).dtype).save_pretrained(partial / _TOWER_FOLDER)
 
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["check_source", "convert_checkpoint", "write_settings"]
