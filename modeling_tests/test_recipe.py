@@ -94,12 +94,12 @@ def test_three_stages(rows, tmp_path, capsys):
     ):
         output_dir, data = str(tmp_path / stage), pictures if stage == "align" else rows
         recipe = write(
-            tmp_path, stage, stage=stage, model=folder, output_dir=output_dir, data=[{"path": str(data)}], max_steps=2
+            tmp_path, stage, stage=stage, model=folder, output_dir=output_dir, data=[{"path": str(data)}], max_steps=4
         )
         assert main(["train", str(recipe)]) == 0
         report = capsys.readouterr().out
         assert f"{16 if stage == 'align' else 24} rows of" in report
-        assert " of 96, of which " in report and "after 2 steps" in report
+        assert " of 96, of which " in report and "after 4 steps" in report
         before, after = digests(folder), digests(output_dir)
         assert {part for part in PARTS if before[part] != after[part]} == changed
         old, new = weights(folder), weights(output_dir)
