@@ -5,11 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from longllava_hf import LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
+from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVAInt8Config
+from longllava_hf.compat_longllava import get_cache
 
 from .conftest import small_config
 
@@ -167,3 +170,119 @@ def test_load_state_dict_refuses_to_cast_to_int8(saved):
     assert "q_proj.weight must be int8" in str(error.value)
     model.load_state_dict(before)
     assert_same_weights(model, LongLLaVAForConditionalGeneration.from_pretrained(saved[0], **options))
+
+
+@pytest.mark.parametrize("kind", ["whole", "decoder", "peft"])
+def test_smoothed_labels_are_shifted(tmp_path, kind):
+    model, batch = fresh(), collate(rows(2))
+    if kind == "decoder":
+        text = LongLLaVAForCausalLM(small_config().text_config)
+        model, batch = text, {name: batch[name][:, 5:] for name in ("input_ids", "labels")}
+    elif kind == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        loss = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1))
+
+
+def test_predictions_are_logits_alone(tmp_path):
+    seen = {}
+
+    def metrics(prediction):
+        seen["shape"] = prediction.predictions.shape
+        return {}
+
+    model = fresh(text_config={"output_router_logits": True})
+    trainer = trainer_of(model, tmp_path)
+    trainer.compute_metrics = metrics
+    trainer.evaluate()
+    assert seen["shape"] == (2, 12, 120)
+
+
+def test_no_cache_is_built_for_a_loss():
+    model, batch = fresh(), collate(rows(2))
+    assert get_cache(model.train()(**batch)) is None
+    assert get_cache(model.eval()(**batch)) is None
+    assert get_cache(model(**batch, use_cache=True)) is not None
+    labels = batch.pop("labels")
+    assert get_cache(model(**batch)) is not None
+    assert get_cache(model.train()(**batch)) is None
+    decoder, ids = LongLLaVAForCausalLM(small_config().text_config), batch["input_ids"][:, 5:]
+    assert get_cache(decoder(input_ids=ids, labels=labels[:, 5:])) is None
+
+
+@pytest.mark.parametrize("decoder", ["longllava_text", "qwen2"])
+def test_boundaries_beside_a_mask(decoder):
+    """Packed rows beside a mask of ones are kept apart, and refused beside one with padding; what padding makes of positions is none."""
+    torch.manual_seed(0)
+    text = {"model_type": decoder, **({"num_experts": 1} if decoder == "qwen2" else {})}
+    model = LongLLaVAForConditionalGeneration(small_config(text_config=text)).eval()
+    ids = torch.randint(10, 120, (2, 9))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
+    ones = torch.ones_like(ids)
+    with torch.no_grad():
+        apart = torch.cat([model(input_ids=part).logits for part in (ids[:, :4], ids[:, 4:])], dim=1)
+        torch.testing.assert_close(model(ids, position_ids=positions, attention_mask=ones).logits, apart)
+        padded = ones.clone()
+        padded[0, -2:] = 0
+        with pytest.raises(ValueError, match="Packed sequences cannot be combined with padding"):
+            model(ids, position_ids=positions, attention_mask=padded)
+        left = ones.clone()
+        left[0, :3] = 0
+        for filler in (1, 0):
+            positions = (left.cumsum(-1) - 1).masked_fill(left == 0, filler)
+            together = model(ids, position_ids=positions, attention_mask=left).logits
+            torch.testing.assert_close(together[:1, 3:], model(ids[:1, 3:]).logits)
+            torch.testing.assert_close(together[1:], model(ids[1:]).logits)
+
+
+def test_nothing_to_learn_is_an_error(tmp_path):
+    model, batch = fresh(), collate(rows(2))
+    for labels in (torch.full_like(batch["labels"], -100), batch["input_ids"].where(batch["input_ids"] == 5, -100)):
+        labels[:, 0] = 7  # which nothing predicts
+        with pytest.raises(ValueError, match=r"nothing to learn in any of the samples \[0, 1\]"):
+            model(**{**batch, "labels": labels})
+        with pytest.raises(ValueError, match="nothing to learn"):
+            model(**{**batch, "labels": labels}, num_items_in_batch=torch.tensor(0))
+    # One of several batches of a step may have no label.
+    loss = model(
+        **{**batch, "labels": torch.full_like(batch["labels"], -100)}, num_items_in_batch=torch.tensor(3)
+    ).loss
+    loss.backward()
+    assert loss == 0
+    one = {**batch, "labels": batch["labels"].clone()}
+    one["labels"][0] = -100
+    assert torch.isfinite(model(**one).loss)
+    dataset = rows(4)
+    for row in dataset[:2]:
+        row["labels"][:] = -100
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_steps": 2}
+    trainer = trainer_of(fresh(), tmp_path, dataset, train_sampling_strategy="sequential", **options)
+    with pytest.raises(ValueError, match=r"nothing to learn in any of the samples \[0\]"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_placeholders_are_no_labels(tmp_path, steps):
+    """Whatever `Trainer` counted; which it alone can put right for several batches."""
+    dataset = rows(4)
+    masked = [{**row, "labels": row["input_ids"].masked_fill(row["input_ids"] == 5, -100)} for row in dataset]
+    unmasked = [{**row, "labels": row["input_ids"]} for row in dataset]
+    model = fresh()
+    loss = model(**collate(masked)).loss
+    torch.testing.assert_close(model(**collate(unmasked)).loss, loss)
+    shifted = nn.functional.pad(collate(unmasked)["labels"], (0, 1), value=-100)[:, 1:]
+    torch.testing.assert_close(model(**collate(unmasked), shift_labels=shifted).loss, loss)
+    options = {"gradient_accumulation_steps": steps, "max_steps": 1}
+    expected = fresh()
+    trainer_of(expected, tmp_path, masked, **options).train()
+    if steps == 2:
+        with pytest.raises(ValueError, match=r"8 are placeholders of pictures .*LongLLaVADataCollator"):
+            trainer_of(fresh(), tmp_path, unmasked, **options).train()
+    else:
+        model = fresh()
+        trainer_of(model, tmp_path, unmasked, **options).train()
+        assert_same_weights(model, expected)

@@ -144,7 +144,7 @@ class LongLLaVATextConfig(PreTrainedConfig):
 
     model_type = "longllava_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
     # Mamba layers and experts stay whole on each device: of the former's `in_proj` and the latter's `gate_up_proj` a device's
     # share would not be one piece. The embedding is cut as a head that is tied to it: newer releases do so by themselves.
@@ -343,7 +343,9 @@ class LongLLaVAConfig(PreTrainedConfig):
 
     model_type = "longllava"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
+    keys_to_ignore_at_inference = [
+        "cache", "past_key_values", "router_logits", "aux_loss", "image_hidden_states", "image_outputs",
+    ]  # fmt: skip
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
@@ -378,6 +379,8 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
             output_router_logits = getattr(text_config, "output_router_logits", False)
         if has_own_decoder(self.config):  # others need not know the word
             kwargs["output_router_logits"] = output_router_logits
+        if use_cache is None and (self.training or labels is not None):
+            use_cache = False  # nothing goes on from here
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -394,6 +397,10 @@ class LongLLaVAForConditionalGeneration(LongLLaVAGenerationMixin, LongLLaVAPreTr
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
         )
+
+
+# `Trainer` shifts the labels that it smooths for classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongLLaVAConfig.model_type] = LongLLaVAForConditionalGeneration.__name__
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask, find_packed_sequence_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.jamba.modeling_jamba import (
     JambaAttention,
     JambaMLP,
@@ -490,10 +491,10 @@ def packed_sequences(
 ) -> torch.Tensor | None:
     """
     Number of the sequence that each token is of, `(batch, length)`; `None` where each row is one. It is told by `seq_idx`
-    (taken out of `kwargs`), by `cu_seq_lens_q`, or by positions that begin anew where there is neither mask nor cache.
+    (taken out of `kwargs`), by `cu_seq_lens_q`, or by positions that begin anew where there is no cache.
 
     Raises:
-        ValueError: for packed sequences with padding or with a cache.
+        ValueError: for packed sequences with padding, or of which `seq_idx` or `cu_seq_lens_q` tell with a cache.
     """
     batch, length = inputs_embeds.shape[:2]
     seq_idx, bounds = kwargs.pop("seq_idx", None), kwargs.get("cu_seq_lens_q")
@@ -501,10 +502,21 @@ def packed_sequences(
         positions = torch.arange(length, device=bounds.device)
         seq_idx = torch.searchsorted(bounds[1:].contiguous(), positions.to(bounds.dtype), right=True)[None]
     if seq_idx is None:
-        is_told = position_ids is not None and attention_mask is None and cache is None
-        if not is_told or is_torchdynamo_compiling():
+        is_mask = attention_mask is None or (
+            torch.is_tensor(attention_mask) and attention_mask.shape == (batch, length)
+        )
+        if position_ids is None or cache is not None or not is_mask or is_torchdynamo_compiling():
             return None
-        return find_packed_sequence_indices(position_ids.expand(batch, -1))  # type: ignore[union-attr]
+        position_ids = position_ids.expand(batch, -1)
+        if attention_mask is None or attention_mask.all():
+            return find_packed_sequence_indices(position_ids)
+        # Positions that are made from a mask with padding begin at each row's first token, and nowhere after it.
+        is_token = attention_mask.bool()
+        order = torch.argsort(~is_token, dim=-1, stable=True)
+        positions, is_token = position_ids.gather(-1, order), is_token.gather(-1, order)
+        if not ((positions[:, 1:] <= positions[:, :-1]) & is_token[:, 1:]).any():
+            return None
+        seq_idx = position_ids
     if cache is not None or (attention_mask is not None and not attention_mask.all()):
         what = "padding" if cache is None else "a cache"
         raise ValueError(f"Packed sequences cannot be combined with {what}: give each a row of its own.")
@@ -569,9 +581,9 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(batch_size, past length + sequence_length)`, *optional*):
             0 where there is padding, which may lie anywhere.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Nothing here embeds a position. Where neither mask nor cache is given, a position that does not follow the one
-            before begins another sequence; those do not see each other. So do `seq_idx`, the number of the sequence that
-            each token is of, and `cu_seq_lens_q`, as [`DataCollatorWithFlattening`] gives them. Packed sequences have
+            Nothing here embeds a position. Where there is neither padding nor a cache, a position that does not follow the
+            one before begins another sequence; those do not see each other. So do `seq_idx`, the number of the sequence
+            that each token is of, and `cu_seq_lens_q`, as [`DataCollatorWithFlattening`] gives them. Packed sequences have
             neither a cache nor padding: `ValueError`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -622,6 +634,59 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **as_cache(cache))
 
 
+def language_modeling_loss(
+    model: Any,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    The mean over all labels, or their sum by `num_items_in_batch`, of which placeholders of pictures are none.
+
+    Args:
+        model (`PreTrainedModel`): whose `loss_function` it is.
+        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`).
+        labels (`torch.Tensor` of shape `(batch, length)`).
+        shift_labels (`torch.Tensor` of shape `(batch, length)`, *optional*): of each position, the label of the next one.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): number of labels of all batches of an optimizer step.
+
+    Raises:
+        ValueError: if no label is left, which would make the loss NaN; or if `num_items_in_batch` has counted
+            placeholders in other batches than this one.
+    """
+    config: Any = model.config
+    vocab_size, image_token_id = config.get_text_config().vocab_size, config.image_token_id
+    given = labels[..., 1:] if shift_labels is None else shift_labels
+    if image_token_id is not None:
+        labels = labels.masked_fill(labels == image_token_id, -100)
+        if shift_labels is not None:
+            shift_labels = shift_labels.masked_fill(shift_labels == image_token_id, -100)
+    learned = labels[..., 1:] if shift_labels is None else shift_labels
+    if not (labels.is_meta or torch.compiler.is_compiling()):
+        num_given, num_learned = torch.stack([(x != -100).sum() for x in (given, learned)]).tolist()
+        if num_items_in_batch is not None and num_given > num_learned:
+            if (counted := float(num_items_in_batch)) not in (num_given, num_learned):
+                raise ValueError(
+                    f"Of the {num_given} labels of this batch {num_given - num_learned} are placeholders of pictures"
+                    f" ({image_token_id}), which `num_items_in_batch` ({counted:.0f}) may have counted in others too: set"
+                    " labels to -100 where `input_ids` are placeholders, as `LongLLaVADataCollator` does."
+                )
+            num_items_in_batch = num_learned
+        if num_learned == 0 and not num_items_in_batch:  # of an optimizer step, other batches may have labels
+            raise ValueError(
+                f"There is nothing to learn in any of the samples {list(range(len(labels)))} of this batch: after the first"
+                " position all `labels` are -100 or placeholders of pictures. Leave such samples out, or do not cut them"
+                " before what is to be learned."
+            )
+    if shift_labels is not None:
+        kwargs["shift_labels"] = shift_labels
+    return model.loss_function(
+        logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+    )
+
+
 def language_modeling_outputs(
     model: Any,
     outputs: Any,
@@ -646,7 +711,7 @@ def language_modeling_outputs(
     loss: Any = None
     aux_loss: Any = None
     if labels is not None:
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        loss = language_modeling_loss(model, logits, labels, **kwargs)
     if router_logits := outputs.router_logits:
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if mask is not None:  # which covers the past too, the logits only this pass
@@ -692,6 +757,8 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if use_cache is None and (self.training or labels is not None):
+            use_cache = False  # nothing goes on from here
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -705,6 +772,10 @@ class LongLLaVAForCausalLM(LongLLaVAGenerationMixin, LongLLaVATextPreTrainedMode
         return MoeCausalLMOutputWithPast(
             **language_modeling_outputs(self, outputs, logits_to_keep, labels, attention_mask, **kwargs)
         )
+
+
+# `Trainer` shifts the labels that it smooths for classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongLLaVATextConfig.model_type] = LongLLaVAForCausalLM.__name__
 
 
 __all__ = ["LongLLaVAForCausalLM", "LongLLaVATextModel", "LongLLaVATextPreTrainedModel"]
