@@ -18,6 +18,7 @@ import pytest
 
 import longllava_hf
 from longllava_hf import LIMITS, cli
+from longllava_hf.training.recipe import STAGES, read_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +44,14 @@ FILES = {
     "examples/film.mp4": FILM,
     "examples/three.png": THREE,
     "examples/seven.png": SEVEN,
+    "examples/training/digits.json": ROOT / "examples/training/digits.json",
+    "examples/training/digits.yaml": ROOT / "examples/training/digits.yaml",
 }
 MODELS = ("LongLLaVA-9B", "LongLLaVA-53B-A13B", "checkpoint", "published")
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Python and commands are run, of `console` what is printed is compared too, `text` is compared with the value before it.
-LANGUAGES = ("python", "bash", "console", "text", "json", "bibtex", "")
+LANGUAGES = ("python", "bash", "console", "text", "json", "yaml", "bibtex", "")
 
 
 def page_id(page: Path) -> str:
@@ -80,7 +83,7 @@ def checkpoint(tmp_path_factory):
 def reader(tmp_path, monkeypatch, checkpoint):
     """A folder where all that the pages name is there; what a page sets for the process is undone."""
     for name, file in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, tmp_path / name)
     (tmp_path / "path" / "to").mkdir(parents=True)
     for name in MODELS:
@@ -242,6 +245,18 @@ def test_commands_in_a_sentence(page, capsys):
         assert end.value.code == 0, words
         known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
         assert set(options[::2]) <= set(known), words
+
+
+def test_recipes(tmp_path):
+    """Those that are shown have keys and values that `longllava train` takes."""
+    shown = [code for page in PAGES for _, language, code in blocks(page) if language == "yaml"]
+    files = sorted((ROOT / "examples" / "training").glob("*.yaml"))
+    assert shown and len(files) >= 4
+    for code in [*shown, *(file.read_text() for file in files)]:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(code.replace("bf16: true", "bf16: false"))  # which asks for a GPU
+        recipe, arguments = read_recipe(file)
+        assert recipe.stage in STAGES and arguments.learning_rate == STAGES[recipe.stage].learning_rate
 
 
 # Links

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 import longllava_hf
 from longllava_hf import LongLLaVAConfig, LongLLaVAForConditionalGeneration
@@ -259,6 +260,66 @@ def test_datasets_rows(tiny_processor, tmp_path):
     lengths = token_lengths(plain, collator, num_workers=2)
     assert lengths == [expected["input_ids"].shape[1]] * 2
     assert plain.add_column("length", lengths)[0]["length"] == lengths[0]
+
+
+def train(model, dataset, collator, folder, **arguments) -> tuple[Trainer, list[dict]]:
+    """Train for a few steps; the batches that the model got."""
+    batches = []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: batches.append(kwargs), with_kwargs=True)
+    arguments = {
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        **arguments,
+    }
+    arguments = TrainingArguments(str(folder), report_to="none", use_cpu=True, **arguments)
+    trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+    trainer.train()
+    hook.remove()
+    return trainer, batches
+
+
+def test_under_trainer(tiny_processor, tmp_path):
+    """Lazy pictures in workers, packed rows, rows of like length, and a stream."""
+    datasets = pytest.importorskip("datasets")
+    model = LongLLaVAForConditionalGeneration.from_pretrained(longllava_hf.TINY)
+    for i in range(8):
+        picture(30 * i).save(tmp_path / f"{i}.png")
+    rows = [
+        {
+            "messages": says("<image>\n" * (1 + i % 3) + "Which digit is it? " * (i % 4), "3"),
+            "images": [str(tmp_path / f"{j}.png") for j in range(1 + i % 3)],
+        }
+        for i in range(8)
+    ]
+    collator = LongLLaVADataCollator(tiny_processor, lazy=True)
+    _, batches = train(model, rows, collator, tmp_path, dataloader_num_workers=2, per_device_train_batch_size=2)
+    assert all(isinstance(batch["pixel_values"], longllava_hf.LazyPixelValues) for batch in batches)
+
+    collator = LongLLaVADataCollator(tiny_processor)
+    lengths = token_lengths(rows, collator)
+    packed = PackedDataset(rows, lengths, max_length=max(lengths) + 10)
+    for remove in (True, False):  # lists of rows have no columns to remove
+        _, batches = train(model, packed, collator, tmp_path, remove_unused_columns=remove)
+        assert all("position_ids" in batch and "attention_mask" not in batch for batch in batches)
+
+    dataset = datasets.Dataset.from_list(rows).add_column("length", lengths)
+    order = sorted(range(8), key=lambda i: lengths[i])
+    dataset = dataset.select(order)  # the longest is the last, and of those that are grouped the first
+    for seed in range(3):
+        options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "seed": seed}
+        _, batches = train(model, dataset, collator, tmp_path, **options)
+        assert batches[0]["input_ids"].shape[1] == max(lengths)
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        train(model, dataset, collator, tmp_path, remove_unused_columns=True)
+
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    options = {"per_device_train_batch_size": 2, "accelerator_config": {"dispatch_batches": False}}
+    _, batches = train(model, stream, collator, tmp_path, **options)
+    assert [len(batch["pixel_values"]) for batch in batches] == [3, 4]
+    with pytest.raises(ValueError, match=r"dispatch_batches"):
+        train(model, stream, collator, tmp_path, per_device_train_batch_size=2)
 
 
 def llava_json(tmp_path) -> list[dict]:

@@ -54,7 +54,10 @@ def image_batches(pixel_values: torch.Tensor | LazyPixelValues, size: int) -> It
 def check_image_tokens(tokens: int, features: int) -> None:
     """Raises `ValueError` if there are more or fewer places for image tokens than image tokens."""
     if tokens != features:
-        raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {features}")
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. (In training on a"
+            " stream, Accelerate cuts batches by rows unless `accelerator_config={'dispatch_batches': False}`.)"
+        )
 
 
 def check_no_image_tokens(input_ids: torch.Tensor, image_token_id: int | None) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from array import array
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .. import TINY
 from ..files_longllava import settle, write_json
 from .collator import LongLLaVADataCollator
 from .packing import PackedDataset, draw_lengths, token_lengths
@@ -74,13 +75,14 @@ class RecipeArguments:
     """
     The keys of a recipe that are this package's own.
 
-    model (`str`): the checkpoint to start from, such as the `output_dir` of the stage before.
     stage (`str`): `"align"`, `"single_image"` or `"multi_image"`: what is trained and the learning rate, unless they are
         given too.
     data (`list[dict]`): the sources of rows. Each has a `path`: a `.jsonl` as `longllava data convert` writes it, a folder
         of `Dataset.save_to_disk`, or what `datasets.load_dataset` takes, with its `split`; or a `builder`,
         `"FILE.py:FUNCTION"`, called with `arguments`, that returns a dataset. `rows` is how many of its rows are taken, at
         random. With a `ratio` for each, sources are drawn from by these probabilities until each has been read whole.
+    model (`str`, *optional*): the checkpoint to start from, such as the `output_dir` of the stage before; by default the
+        small one that ships with the package.
     trainable (`list[str]`, *optional*): of `"tower"`, `"projector"` and `"decoder"`.
     pack_to (`int`, *optional*): tokens of a row into which samples are packed. By default samples are padded.
     max_length (`int`, *optional*): tokens of a sample, by default `pack_to`.
@@ -88,14 +90,14 @@ class RecipeArguments:
     lazy (`bool`, defaults to `False`): whether pictures are decoded by the model, and not by the workers.
     """
 
-    model: str
     stage: str
     data: list[dict[str, Any]]
+    model: str = TINY
     trainable: list[str] | None = None
     pack_to: int | None = None
     max_length: int | None = None
     truncation: bool = False
-    lazy: bool = field(default=False)
+    lazy: bool = False
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -221,11 +223,9 @@ def read_recipe(file: str | os.PathLike) -> tuple[RecipeArguments, TrainingArgum
             content = yaml.safe_load(stream)
         except yaml.YAMLError as error:
             raise ValueError(f"`{file}` is no YAML: {error}") from None
-    if not isinstance(content, dict) or (missing := {"model", "stage", "data", "output_dir"} - content.keys()):
-        raise ValueError(
-            f"`{file}` must have the keys model, stage, data and output_dir"
-            + (f", but lacks {missing}." if isinstance(content, dict) else ".")
-        )
+    if not isinstance(content, dict) or {"stage", "data", "output_dir"} - content.keys():
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"`{file}` must have the keys stage, data and output_dir, but has {found}.")
     stage = STAGES.get(content["stage"])
     defaults: dict[str, Any] = {**_DEFAULTS, "bf16": torch.cuda.is_available()}
     if stage is not None:
