@@ -63,6 +63,7 @@ _DEFAULTS = {
     "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing": True,
     "remove_unused_columns": False,  # pictures are made from `messages`
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 # What does not change the weights that come out, and so may be another when training is resumed.
 _FREE = re.compile(
@@ -355,7 +356,15 @@ def train(file: str | os.PathLike) -> Trainer:
         processing_class=processor,
         callbacks=[_OnDisk()],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # of PyTorch's files, which says no more when the disk is full
+            raise
+        free = shutil.disk_usage(output_dir).free
+        raise OSError(
+            f"A checkpoint could not be written to `{output_dir}`, where {free:,} bytes are free. The one before it is whole."
+        ) from error
     trainer.save_model()
     trainer.save_state()
     return trainer
