@@ -598,3 +598,21 @@ def test_how_films_are_sampled_is_saved(tiny_processor, film, tmp_path):
 def test_what_is_no_conversation(tiny_processor, conversation):
     with pytest.raises(ValueError, match="A conversation must be a list of at least 1 message"):
         tiny_processor.apply_chat_template(conversation, tokenize=False)
+
+
+def test_labels_ask_for_no_picture(tiny_processor):
+    """However a collator makes them of the ids; and its padding, masked afterwards, stays masked."""
+    picture = Image.new("RGB", (28, 28))
+    batch = tiny_processor(images=[picture], text=["<image>3"], return_tensors="pt")
+    ids, image_token = batch["input_ids"].clone(), tiny_processor.image_token_id
+    expected = ids.masked_fill(ids == image_token, -100)
+    assert (expected == -100).any() and (expected != -100).any()
+    for labels in (ids.clone(), batch["input_ids"], batch["input_ids"].detach()):
+        batch["labels"] = labels
+        assert torch.equal(batch["labels"], expected) and torch.equal(batch["input_ids"], ids)
+    labels = ids.clone()
+    batch["labels"] = labels
+    labels[:, -1] = -100
+    assert batch["labels"][0, -1] == -100
+    batch["labels"] = torch.tensor([7])  # a class of the whole prompt
+    assert batch["labels"].tolist() == [7]

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .cache_longllava import LongLLaVACache
+from .compat_longllava import add_to_transformers
 from .configuration_longllava import LlavaJambaConfig, LongLLaVAConfig, LongLLaVATextConfig
 from .context_longllava import LongLLaVAContext
 from .image_processing_longllava import LazyPixelValues, LongLLaVAImageProcessor
@@ -44,6 +45,8 @@ def _register() -> None:
     image_processors: dict[str, type] = {"pil": LongLLaVAImageProcessor, "torchvision": LongLLaVAImageProcessor}
     AutoImageProcessor.register(LongLLaVAConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(LongLLaVAConfig, LongLLaVAProcessor, exist_ok=True)
+    # TRL and Transformers' server look a class up by the name in `architectures`.
+    add_to_transformers(LongLLaVAForConditionalGeneration, LongLLaVAForCausalLM)
 
 
 _register()

@@ -7,6 +7,7 @@ is not public in them. Neither is named in any other file.
 |---|---|---|---|---|
 | `CACHE`, `as_cache`, `get_cache`, `take_cache`, `accepts_cache` | a cache is called `cache` in outputs, in `generate` and in `forward`; before, `past_key_values` | 5.24 | both names on every release | - |
 | `recurrent_states` | `Cache.get_conv_state`; before, attributes of a layer | 5.20 | 5.17 has the attributes alone | - |
+| `add_to_transformers` | what the module `transformers` holds, and that importing processors makes a second one | all | TRL and Transformers' server look classes up in either | Auto classes, which they ask last or never |
 | `is_instance` | `dynamic_module_utils`, which imports code from the Hub for each Auto class | all | a checkpoint that carries its code | none |
 | `align_module_device` | accelerate's, or nothing where that is not installed | all | Transformers does not need accelerate | - |
 | `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
@@ -28,8 +29,10 @@ is not public in them. Neither is named in any other file.
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -114,6 +117,18 @@ def recurrent_states(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None,
         return cache.get_conv_state(layer_idx), cache.get_recurrent_state(layer_idx)
     layer: Any = cache.layers[layer_idx]
     return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else (None, None)
+
+
+def add_to_transformers(*classes: type) -> None:
+    """
+    Let `from transformers import` find classes by their names. Importing processors runs Transformers' `__init__` a second
+    time, and whoever imported it before still has the first module: they are added to all that somebody has.
+    """
+    seen = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
+    for module in (sys.modules["transformers"], *seen):
+        if isinstance(module, ModuleType) and module.__name__ == "transformers":
+            for cls in classes:
+                setattr(module, cls.__name__, cls)
 
 
 def is_instance(value: Any, cls: type) -> bool:
@@ -221,7 +236,7 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 __all__ = [
     "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
-    "TorchDispatchMode", "accepts_cache", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
+    "TorchDispatchMode", "accepts_cache", "add_to_transformers", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
     "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "is_instance", "merge_processor_kwargs",
     "merge_with_config_defaults", "move_hook", "recurrent_states", "save_registered_names", "should_convert_module",
     "take_adapter", "take_cache",

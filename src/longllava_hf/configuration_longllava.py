@@ -228,6 +228,8 @@ class LongLLaVATextConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.mamba_dt_rank == "auto":
             self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        if self.num_experts == 1:  # nothing to balance; TRL goes by it
+            self.router_aux_loss_coef = 0.0
         super().__post_init__(**kwargs)
         if self.layer_types is None:
             self.validate_architecture()  # period and offset are about to be used

@@ -90,6 +90,30 @@ def default_chat_template() -> str:
     return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
+class LongLLaVABatchFeature(BatchFeature):
+    """
+    What the processor returns. `labels` that are put beside `input_ids` of the same shape ask for no image token: those
+    places become -100 before anything is counted, as collators (TRL's, and most that people write) copy all ids.
+    """
+
+    image_token_id: int | None = None
+
+    def __setitem__(self, key, value):
+        ids = self.data.get("input_ids")
+        if (
+            key == "labels"
+            and isinstance(value, torch.Tensor)
+            and isinstance(ids, torch.Tensor)
+            and self.image_token_id
+        ):
+            value = (
+                value.clone() if value.data_ptr() == ids.data_ptr() else value
+            )  # else whoever has it may go on masking
+            if value.shape == ids.shape:
+                value[ids == self.image_token_id] = -100
+        super().__setitem__(key, value)
+
+
 class LongLLaVAProcessor(ProcessorMixin):
     r"""
     Pictures, videos and text to what [`LongLLaVAForConditionalGeneration`] takes.
@@ -168,7 +192,8 @@ class LongLLaVAProcessor(ProcessorMixin):
             prompts, spans = self.get_text_with_replacements(prompts, *replacements)
             text_inputs = self._tokenize(prompts, spans, settings)
         return_tensors = settings["text_kwargs"].get("return_tensors")
-        data = BatchFeature(text_inputs, return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        data = LongLLaVABatchFeature(text_inputs, return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        data.image_token_id = self.image_token_id
         # Of which the image processor has made tensors, or something that is none yet.
         data.update({name: x for name, x in image_inputs.items() if name not in self.unused_input_names})
         return data
@@ -258,7 +283,8 @@ class LongLLaVAProcessor(ProcessorMixin):
         if found != wanted:
             raise ValueError(
                 f"The prompts have {wanted} tokens of pictures, and {found} of them are left in `input_ids`: truncation"
-                " must not cut into a picture. Give a larger `max_length`, or do not truncate."
+                f" must not cut into a picture. Give a larger `max_length` than {text_kwargs.get('max_length')}, or do not"
+                " truncate (`max_length=None` in TRL's configurations, where 1,024 is the default)."
             )
         if returns_spans:
             inputs["text_replacement_offsets"] = spans

@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
@@ -67,14 +66,13 @@ _READERS = 64
 
 def register_for_serving() -> None:
     """
-    Let Transformers' server find the model: a class by the name in `architectures`, and its kind in the table of models
-    that see. In the table of multimodal ones too, the server would look for sound in films.
+    Let Transformers' server find the kind of the model, in the table of models that see. In the table of multimodal ones
+    too, the server would look for sound in films.
     """
-    name = LongLLaVAForConditionalGeneration.__name__
-    for architecture in (name, "LlavaJambaForCausalLM"):  # native, and as published
-        setattr(transformers, architecture, LongLLaVAForConditionalGeneration)
     for config_class in (LongLLaVAConfig, LlavaJambaConfig):
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = name
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = (
+            LongLLaVAForConditionalGeneration.__name__
+        )
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
