@@ -178,51 +178,54 @@ class BlockedScan(torch.autograd.Function):
         tensors = _prepare(u, delta, A, B, C, D, z, seq_idx)
         grad_u, grad_delta, grad_z = (torch.empty_like(x) for x in (u, delta, z))
         # Sums over channels or tokens, in the dtype of the state.
-        grad_A, grad_B, grad_C = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (A.T, B, C))
-        grad_D = u.new_zeros(channels, dtype=dtype)
+        grad_A, grad_D = torch.zeros_like(tensors["A"]), torch.zeros_like(tensors["D"])
+        grad_B, grad_C = u.new_zeros(2, length, batch, states, dtype=dtype)
         grad_state = u.new_empty(batch, channels, states, dtype=dtype)
-        group, block, _ = _block_sizes(batch, channels, states, length)
+        group, block, stretch = _block_sizes(batch, channels, states, length)
         scratch = _Scratch(3, block * batch * states * group, u, dtype)
-        blocks = range(0, length, block)
-        for first in range(0, channels, group):
+        for first in reversed(range(0, channels, group)):
             part = slice(first, first + group)
             carry = grad_final_state[:, part].to(dtype).transpose(1, 2).contiguous()  # of the state after the block
-            for number in reversed(range(len(blocks))):
-                tokens = slice(blocks[number], blocks[number] + block)
+            for start in reversed(range(0, length, stretch)):
+                tokens = slice(start, start + stretch)
                 now = _Block(tensors, tokens, part, scratch)
-                start = starts[first // group * len(blocks) + number]
-                decay, h = now.states(start)
-                grad = _time_first(grad_y[:, part, tokens]).to(dtype)
-                gate = torch.sigmoid(now.z)
-                slope = gate * (1 + now.z * (1 - gate))  # of silu
-                grad_z[:, part, tokens] = (grad * now.read(h) * slope).permute(1, 2, 0)
-                grad = grad * now.z * gate
+                grad_gated = _time_first(grad_y[:, part, tokens]).to(dtype)
+                grad = grad_gated * F.silu(now.z)
+                y, grad_drive, grad_dt = (torch.empty_like(grad) for _ in range(3))
+                for first_token in reversed(range(0, len(grad), block)):
+                    inner = slice(first_token, first_token + block)
+                    whole = slice(start + first_token, start + first_token + block)  # the same, in the whole sequence
+                    state = starts.pop()
+                    decay, h = now.states(state, inner)
+                    now.read(h, inner, out=y[inner])
 
-                # The recurrence backwards: what the output and the next token want of each state.
-                each_decay, (grad_h, each_grad) = now.buffer(0)[1], now.buffer(2)
-                torch.mul(grad.unsqueeze(2), now.C, out=grad_h)
-                carry = each_grad[-1].add_(carry)
-                for grad_t, decay_after in zip(each_grad[-2::-1], each_decay[:0:-1]):
-                    carry = grad_t.addcmul_(carry, decay_after)
-                carry = carry * decay[0]
+                    # The recurrence backwards: what the output and the next token want of each state.
+                    each_decay, (grad_h, each_grad) = now.buffer(0, inner)[1], now.buffer(2, inner)
+                    torch.mul(grad[inner].unsqueeze(2), now.C[inner], out=grad_h)
+                    carry = each_grad[-1].add_(carry)
+                    for grad_t, decay_after in zip(each_grad[-2::-1], each_decay[:0:-1]):
+                        carry = grad_t.addcmul_(carry, decay_after)
+                    carry = carry * decay[0]
 
-                grad_C[:, :, tokens] += (h @ grad.unsqueeze(-1)).squeeze(-1).permute(1, 2, 0)
-                grad_B[:, :, tokens] += (grad_h @ now.drive.unsqueeze(-1)).squeeze(-1).permute(1, 2, 0)
-                grad_drive = (now.B.transpose(2, 3) @ grad_h).squeeze(2)
-                # In place of the decay, the gradient of its exponent.
-                decay[1:] *= h[:-1]
-                decay[0] *= start
-                decay *= grad_h
-                grad_dt = grad_drive * now.u
-                for exponent, rate in zip(decay.unbind(2), now.A):
-                    grad_dt.addcmul_(exponent, rate)
-                grad_A[:, part] += (decay.mul_(now.dt.unsqueeze(2))).sum((0, 1))
+                    # Rows on the left of a product: with columns on the right of it, PyTorch takes ten times as long.
+                    grad_C[whole] += (grad[inner].unsqueeze(2) @ h.transpose(2, 3)).squeeze(2)
+                    grad_B[whole] += (now.drive[inner].unsqueeze(2) @ grad_h.transpose(2, 3)).squeeze(2)
+                    torch.matmul(now.B[inner].transpose(2, 3), grad_h, out=grad_drive[inner].unsqueeze(2))
+                    # In place of the decay, the gradient of its exponent; the states are not needed any more.
+                    decay[1:] *= h[:-1]
+                    decay[0] *= state
+                    decay *= grad_h
+                    torch.sum(torch.mul(decay, now.A, out=h), 2, out=grad_dt[inner])
+                    grad_A[:, part] += decay.mul_(now.dt[inner].unsqueeze(2)).sum((0, 1))
 
+                grad_dt.addcmul_(grad_drive, now.u)
                 grad_dt *= -torch.expm1(-now.dt)  # the softplus' slope, told from its value
-                grad_D[part] += (grad * now.u).sum((0, 1))
-                grad_u[:, part, tokens] = torch.addcmul(grad_drive * now.dt, grad, now.D).permute(1, 2, 0)
                 grad_delta[:, part, tokens] = grad_dt.permute(1, 2, 0)
+                grad_z[:, part, tokens] = torch.ops.aten.silu_backward(y.mul_(grad_gated), now.z).permute(1, 2, 0)
+                grad_D[part] += (grad * now.u).sum((0, 1))
+                grad_u[:, part, tokens] = grad_drive.mul_(now.dt).addcmul_(grad, now.D).permute(1, 2, 0)
             grad_state[:, part] = carry.transpose(1, 2)
+        grad_B, grad_C = (grad.permute(1, 2, 0) for grad in (grad_B, grad_C))
         sums = zip((grad_A.T, grad_B, grad_C, grad_D, grad_state), (A, B, C, D, initial_state))
         *grad_sums, grad_initial = (None if x is None else grad.to(x.dtype) for grad, x in sums)
         return grad_u, grad_delta, *grad_sums, grad_z, grad_initial, None
