@@ -380,12 +380,10 @@ def test_packed_sequences_stand_alone(model, ids):
         model(ids, attention_mask=mask, **packed_arguments("seq_idx"))
 
 
-def test_positions_are_only_positions_where_there_is_a_mask_or_a_cache(model, ids):
-    expected = model(ids).logits
-    for cache in (None, DynamicCache(config=model.config)):
-        mask = torch.ones_like(ids) if cache is None else None
-        outputs = model(ids, attention_mask=mask, past_key_values=cache, **packed_arguments("position_ids"))
-        torch.testing.assert_close(outputs.logits, expected)
+def test_positions_are_only_positions_where_there_is_a_cache(model, ids):
+    cache = DynamicCache(config=model.config)
+    outputs = model(ids, past_key_values=cache, **packed_arguments("position_ids"))
+    torch.testing.assert_close(outputs.logits, model(ids).logits)
     said = model.generate(ids, max_new_tokens=3, do_sample=False)
     positions = packed_arguments("position_ids")["position_ids"].expand(2, -1)
     assert torch.equal(model.generate(ids, position_ids=positions, max_new_tokens=3, do_sample=False), said)

@@ -286,3 +286,26 @@ def test_placeholders_are_no_labels(tmp_path, steps):
         model = fresh()
         trainer_of(model, tmp_path, unmasked, **options).train()
         assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("tower, layer", [("clip_vision_model", -2), ("clip_vision_model", -1), ("dinov2", -2)])
+def test_all_that_is_trained_gets_a_gradient(tower, layer):
+    """For which DDP waits; of the tower's last layers, and of the token that stands for a masked patch, there is none."""
+    vision = {"model_type": tower, "num_hidden_layers": 3}
+    model = fresh(vision_config=vision, vision_feature_layer=layer, text_config={"num_experts": 1})
+    stored = set(model.state_dict())
+    model.requires_grad_(True).train()
+    model(**collate(rows(2))).loss.backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == frozen
+    assert frozen and all(".vision_tower." in name for name in frozen)
+    assert set(model.state_dict()) == stored
+
+
+def test_adapters_that_nothing_reads_are_frozen():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(fresh(), peft.LoraConfig(target_modules=r".*vision_tower.*(q_proj|fc1)"))
+    model.train()(**collate(rows(2))).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert any("layers.1." in name for name in trained)

@@ -4,6 +4,9 @@ LongLLaVA (arXiv 2409.02889): a vision tower whose patches are pooled to a quart
 decoder may be any that Transformers knows; LongLLaVA's own is in `modeling_longllava_text`.
 """
 
+import copy
+import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -152,11 +155,47 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         super().__init__(config)
         # What was asked for the experts is for the decoder: towers have none, and some refuse to be asked.
         self.vision_tower = AutoModel.from_config(config.vision_config, experts_implementation=None)
+        self._vision_tower_class = type(self.vision_tower)
         self.multi_modal_projector = LongLLaVAMultiModalProjector(config)
         # Without the Auto classes, which know nothing of it where the code comes with the checkpoint.
         build = LongLLaVATextModel._from_config if has_own_decoder(config) else AutoModel.from_config
         self.language_model = build(config.text_config)
         self.post_init()
+
+    @functools.cached_property
+    def _unread(self) -> tuple[str, ...]:
+        """
+        Modules and parameters of the tower, each with a dot behind it, that have no part in the hidden state that is used: of
+        CLIP, the layers after it and the last norm. Told by the gradients in a tower of shapes alone.
+        """
+        config = copy.deepcopy(self.config.vision_config)
+        config._attn_implementation = "eager"
+        # Not from the Auto class, which would divide it among processes for ZeRO-3.
+        with torch.device("meta"), torch.enable_grad():
+            tower = self._vision_tower_class(config)
+            names, weights = zip(*tower.named_parameters())
+            pixel_values = torch.empty(1, 3, config.image_size, config.image_size, dtype=tower.dtype)
+            used = tower(pixel_values, output_hidden_states=True).hidden_states[self.config.vision_feature_layer]
+            grads = torch.autograd.grad(used.sum(), weights, allow_unused=True)
+
+        def prefixes(name: str) -> list[str]:
+            return [f"{part}." for part in itertools.accumulate(name.split("."), "{}.{}".format)]
+
+        read = {prefix for name, grad in zip(names, grads) if grad is not None for prefix in prefixes(name)}
+        unread = [prefixes(name) for name, grad in zip(names, grads) if grad is None]
+        return tuple({next(prefix for prefix in found if prefix not in read) for found in unread})
+
+    def train(self, mode: bool = True):
+        """
+        As [`~nn.Module.train`]. What the tower has beyond the hidden state that is used is frozen, adapters included: a gradient
+        never comes to it, and `DistributedDataParallel` would wait for one.
+        """
+        super().train(mode)
+        trained = [item for item in self.vision_tower.named_parameters() if item[1].requires_grad] if mode else []
+        for name, parameter in trained:
+            if f"{name}.".startswith(self._unread):
+                parameter.requires_grad_(False)
+        return self
 
     @can_return_tuple
     def get_image_features(
