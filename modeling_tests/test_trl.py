@@ -115,9 +115,7 @@ def test_sft_learns_every_token_but_those_of_pictures(trl, pictures, tmp_path, t
     assert history[1]["loss"] < history[0]["loss"]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"loss_type": "dft"}, {"assistant_only_loss": True}, {"label_smoothing_factor": 0.1}], ids=str
-)
+@pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}], ids=str)
 def test_no_sft_loss_asks_for_pictures(trl, pictures, tmp_path, settings):
     trainer = trainer_of(trl, "SFT", rows_of("messages", pictures), tmp_path, **settings)
     labels = next(iter(trainer.get_train_dataloader()))["labels"]

@@ -13,6 +13,7 @@ is not public in them. Neither is named in any other file.
 | `execution_device` | accelerate's `_hf_hook` | all | where offloaded modules compute | none |
 | `capture_outputs`, `OutputRecorder`, `merge_with_config_defaults` | what Transformers' own models are decorated with | all | hidden states, attentions, router logits | none for packages |
 | `SettableExperts` | `PreTrainedModel._can_set_experts_implementation`, which looks for a decorator in the file of a model's class | all | the whole model, and a user's subclass, have files of their own; what is not settable is passed over in silence | none |
+| `FetchedAsOne` | DeepSpeed's `_z3_leaf`, which `deepspeed.utils.set_z3_leaf_modules` sets | all | a model does not know that it will be spread | `deepspeed_moe_layer_cls_names` in accelerate's configurations |
 | `LazyWeightConverter` | `WeightConverter.materialize_tensors`, `collected_tensors`, `quantization_operation` | all | at most one expert in memory besides the result | documented operations, at more memory |
 | `EXPANDS_ENCODER_OUTPUTS` | `GenerationMixin._expand_multimodal_outputs` | 5.18 | `generate` repeats encoded pictures for beams | none |
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
@@ -163,6 +164,15 @@ class SettableExperts:
         return True
 
 
+class FetchedAsOne:
+    """
+    A module whose weights DeepSpeed's ZeRO-3 fetches together, and of which it follows no calls inside: how many experts have
+    tokens differs between processes, which must fetch the same in the same order.
+    """
+
+    _z3_leaf = True
+
+
 class LazyWeightConverter(WeightConverter):
     """
     Hands its operation tensors that are not read yet, and leaves quantising to it: its attribute `quantize_op` is set to
@@ -235,7 +245,7 @@ def merge_processor_kwargs(processor: Any, kwargs: dict[str, Any]) -> dict[str, 
 
 
 __all__ = [
-    "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
+    "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "FetchedAsOne", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
     "TorchDispatchMode", "accepts_cache", "add_to_transformers", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
     "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "is_instance", "merge_processor_kwargs",
     "merge_with_config_defaults", "move_hook", "recurrent_states", "save_registered_names", "should_convert_module",

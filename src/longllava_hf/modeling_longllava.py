@@ -140,6 +140,14 @@ def project_patches(
     return pool_patches(projector(features), config.pooling_mode)
 
 
+def is_sharded(*modules: nn.Module) -> bool:
+    """Whether weights are spread over processes that fetch them for each call: FSDP's, or DeepSpeed's ZeRO-3."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    is_wrapped = any(isinstance(p, (FSDPModule, FullyShardedDataParallel)) for m in modules for p in m.modules())
+    return is_wrapped or any(hasattr(weight, "ds_id") for module in modules for weight in module.parameters())
+
+
 class LongLLaVAPreTrainedModel(LongLLaVATextPreTrainedModel):
     config: LongLLaVAConfig
     input_modalities = ("image", "text")
@@ -238,6 +246,22 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _missing_calls(self, images: int) -> int:
+        """
+        How many calls of the tower this process lacks, of several that train together. Where weights are spread, each call is
+        an exchange in which all take part, so that all must make as many; and for DDP each must have gradients.
+        """
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return 0
+        if torch.distributed.get_world_size() == 1:
+            return 0
+        calls, least = math.ceil(images / self.config.vision_batch_size), int(self.training)
+        if not is_sharded(self.vision_tower, self.multi_modal_projector):
+            return max(0, least - calls)
+        most = torch.tensor(max(calls, least), device=self.get_input_embeddings().weight.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most) - calls
+
     def is_image_token(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -318,9 +342,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
+        images = 0 if pixel_values is None else len(pixel_values)
+        missing_calls = 0 if cache is not None else self._missing_calls(images)
         if inputs_embeds is None:
             inputs_embeds = self.get_text_embeddings(input_ids)  # type: ignore[arg-type]
-        if pixel_values is not None and len(pixel_values):
+        if images:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_features = None
         if image_outputs is not None:
@@ -329,6 +355,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None:  # pictures may be in embeddings already
             check_no_image_tokens(input_ids, self.config.image_token_id)
+        for _ in range(missing_calls):
+            side = self.config.vision_config.image_size
+            blank = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, side, side)
+            features = self.get_image_features(blank, return_dict=True).pooler_output[0]
+            inputs_embeds = inputs_embeds + features[:0].sum().to(inputs_embeds)  # 0, with gradients that are 0
 
         if not isinstance(self.language_model, LongLLaVATextModel):
             # Other decoders tell packed sequences by their positions alone, and only without a mask and a cache.

@@ -38,6 +38,7 @@ from .causal_conv1d_longllava import causal_conv1d, sequence_starts
 from .checkpoint_longllava import PublishedPreTrainedModel, load_split_experts, load_tied_weights
 from .compat_longllava import (
     CACHE,
+    FetchedAsOne,
     OutputRecorder,
     SettableExperts,
     accepts_cache,
@@ -339,7 +340,7 @@ class NamedExperts(ExpertsInterface):
 
 
 @use_experts_implementation(experts_interface=NamedExperts())
-class LongLLaVAExperts(nn.Module):
+class LongLLaVAExperts(FetchedAsOne, nn.Module):
     """
     All experts of a layer. Key difference to Mixtral's: their weights are two linear layers, one expert's rows below the
     other's, so that whatever handles linear layers handles experts: quantisers replace, save and dequantise them, and
