@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, JambaConfig, JambaForCausalLM, StaticCache
 
 from longllava_hf import LongLLaVAForCausalLM, LongLLaVAForConditionalGeneration, LongLLaVATextConfig
+from longllava_hf.compat_longllava import TorchDispatchMode
 from longllava_hf.modeling_longllava_text import causal_attention
 
 from .conftest import small_config
@@ -349,6 +351,62 @@ def test_packed_sequences_equal_each_alone(model, ids, how, implementation, scan
     torch.testing.assert_close(packed.loss, total, rtol=1e-5, atol=1e-5)
     total.backward()
     torch.testing.assert_close(gradient, model.model.layers[0].mamba.in_proj.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_are_exact(model, ids):
+    """Two rows, cut at other places: hidden states and all gradients are those of each sequence alone."""
+    model.double().set_attn_implementation("sdpa")
+    lengths = ((11, 1, 38), (30, 20))
+    embeds = model.model.embed_tokens(ids).detach()
+    seq_idx = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths])
+    weight = torch.linspace(-1, 1, embeds.numel(), dtype=torch.float64).view_as(embeds)
+    results = []
+    for is_packed in (True, False):
+        model.zero_grad()
+        leaf = embeds.clone().requires_grad_()
+        if is_packed:
+            output = model.model(inputs_embeds=leaf, seq_idx=seq_idx).last_hidden_state
+        else:
+            rows = (row.split(n) for row, n in zip(leaf, lengths))
+            alone = [[model.model(inputs_embeds=one[None]).last_hidden_state for one in row] for row in rows]
+            output = torch.cat([torch.cat(row, dim=1) for row in alone])
+        (output * weight).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+        results.append({"output": output.detach(), "inputs": leaf.grad, **gradients})
+    packed, alone = results
+    assert packed.keys() == alone.keys() and len(packed) > 50
+    for name in packed:
+        torch.testing.assert_close(packed[name], alone[name], rtol=1e-6, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many values the largest tensor has that any operation gave."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        storages = (
+            x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)
+        )
+        self.values = max(self.values, *storages, 0)
+        return result
+
+
+def test_memory_of_a_packed_row_is_linear(model):
+    """A training step of it, with checkpointing and the load-balancing loss: nothing has a value for two tokens."""
+    model.set_attn_implementation("sdpa")
+    model.train().gradient_checkpointing_enable()
+    largest = []
+    for length in (1024, 2048):
+        ids = torch.randint(6, 120, (1, length), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(128).repeat(length // 128)[None]
+        with LargestTensor() as mode:
+            outputs = model(ids, position_ids=positions, labels=ids, output_router_logits=True)
+            outputs.loss.backward()  # of which it is a part
+        largest.append(mode.values)
+    assert largest[1] < 150 * 2048  # the logits of 120 tokens are the widest
+    assert largest[1] <= 2 * largest[0]
 
 
 def test_the_collator_that_packs(model):

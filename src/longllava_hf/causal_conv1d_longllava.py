@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .grouped_linear_longllava import planned_device
+
+
+_PIECE = 256  # tokens
 
 
 def is_installed(package: str) -> bool:
@@ -31,15 +35,58 @@ def _knows_causal_conv1d(x: torch.Tensor, conv1d: torch.nn.Module, has_both: boo
     )
 
 
-def _convolve_time_first(x: torch.Tensor, conv1d: torch.nn.Conv1d, past: torch.Tensor) -> torch.Tensor:
-    """On a CPU, tap by tap over rows of channels, as they come from and go to linear layers and the scan."""
-    x, past = x.transpose(1, 2), past.transpose(1, 2)
-    *earlier, now = conv1d.weight[:, 0].unbind(-1)
-    y = x * now if conv1d.bias is None else torch.addcmul(conv1d.bias, x, now)
-    for back, tap in enumerate(reversed(earlier), 1):
-        y[:, back:].addcmul_(x[:, :-back], tap)
-        y[:, :back].addcmul_(past[:, past.shape[1] - back :][:, : y.shape[1]], tap)
-    return y.transpose(1, 2)
+def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Over rows and tokens, `(b, l, d)` to `(d,)`, in pieces that stay in a CPU's cache."""
+    return sum((part * other).sum((0, 1)) for part, other in zip(x.split(_PIECE, dim=1), y.split(_PIECE, dim=1)))  # type: ignore[return-value]
+
+
+class TapByTap(torch.autograd.Function):
+    """
+    The convolution on a CPU, tap by tap over rows of channels, as they come from and go to linear layers and the scan.
+    The past is of width `p`, not less than `k - 1`.
+    """
+
+    @staticmethod
+    def _reach(past: torch.Tensor, length: int, back: int, seq_idx: torch.Tensor | None):
+        """
+        What the tap that looks `back` tokens behind reads: which of the past are before the first tokens, and which
+        tokens `(b, l, 1)` see it, `None` for all.
+        """
+        before = slice(past.shape[1] - back, past.shape[1] - back + length)
+        if seq_idx is None:
+            return before, None
+        number = F.pad(sequence_starts(seq_idx).cumsum(-1), (back, 0))  # the past belongs to the first
+        return before, (number[:, back:] == number[:, :length]).unsqueeze(-1)
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, past, seq_idx):
+        """`(b, l, d)` to the same, from weights `(d, k)` and a past `(b, p, d)`."""
+        ctx.save_for_backward(x, weight, bias, past, seq_idx)
+        *earlier, now = weight.unbind(-1)
+        y = x * now if bias is None else torch.addcmul(bias, x, now)
+        for back, tap in enumerate(reversed(earlier), 1):
+            before, sees = TapByTap._reach(past, x.shape[1], back, seq_idx)
+            for tokens, seen in ((slice(back, None), x[:, :-back]), (slice(back), past[:, before])):
+                # Selected, not multiplied: what another sequence holds may be infinite.
+                y[:, tokens].addcmul_(seen if sees is None else torch.where(sees[:, tokens], seen, 0), tap)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        x, weight, bias, past, seq_idx = ctx.saved_tensors
+        *earlier, now = weight.unbind(-1)
+        grad_x, grad_past = grad * now, torch.zeros_like(past)
+        grad_taps = [_sum_of_products(grad, x)]
+        for back, tap in enumerate(reversed(earlier), 1):
+            before, sees = TapByTap._reach(past, x.shape[1], back, seq_idx)
+            wanted = grad if sees is None else torch.where(sees, grad, 0)
+            later, first = wanted[:, back:], wanted[:, :back]
+            grad_x[:, :-back].addcmul_(later, tap)
+            grad_past[:, before].addcmul_(first, tap)
+            grad_taps.append(_sum_of_products(later, x[:, :-back]) + _sum_of_products(first, past[:, before]))
+        grad_weight = torch.stack(grad_taps[::-1], dim=-1)
+        return grad_x, grad_weight, None if bias is None else grad.sum((0, 1)), grad_past, None
 
 
 def causal_conv1d(
@@ -79,10 +126,11 @@ def causal_conv1d(
         return kernels.causal_conv1d_fn(x, conv1d.weight.squeeze(1), conv1d.bias, seq_idx=index, initial_states=past)
     if past is None:
         past = x.new_zeros(*x.shape[:2], width - 1)
+    kind = planned_device.get() if x.is_meta else x.device.type
+    if kind == "cpu" and x.dtype in (torch.float32, torch.float64) and type(conv1d) is torch.nn.Conv1d:
+        weight, bias = conv1d.weight[:, 0], conv1d.bias
+        return TapByTap.apply(x.transpose(1, 2), weight, bias, past.transpose(1, 2), seq_idx).transpose(1, 2)
     if seq_idx is None:
-        kind = planned_device.get() if x.is_meta else x.device.type
-        if kind == "cpu" and x.dtype in (torch.float32, torch.float64) and type(conv1d) is torch.nn.Conv1d:
-            return _convolve_time_first(x, conv1d, past)
         return conv1d(torch.cat([past, x], dim=-1))
     # Sequences are moved apart, so that each has zeros before it, and their outputs gathered.
     positions = torch.arange(x.shape[-1], device=x.device) + (width - 1) * (1 + sequence_starts(seq_idx).cumsum(-1))

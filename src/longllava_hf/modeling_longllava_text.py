@@ -7,6 +7,7 @@ into forward passes over one cache, and any padding, gives the logits of a singl
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,27 @@ def causal_attention(
     return torch.lerp(now, before.reshape(now.shape), share)
 
 
+def packed_causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[list[int]],
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """
+    As [`causal_attention`] without a past, each sequence to itself: time and memory of each alone.
+
+    Args:
+        lengths (`list[list[int]]`): how many tokens each sequence of each row has, in their order.
+    """
+    rows = []
+    for row, row_lengths in enumerate(lengths):
+        parts = zip(*(x[row : row + 1].split(row_lengths, dim=2) for x in (query, key, value)))
+        rows.append(torch.cat([causal_attention(q, k, v, scaling, dropout) for q, k, v in parts], dim=2))
+    return torch.cat(rows)
+
+
 class LongLLaVAAttention(JambaAttention):
     """Grouped-query attention. Key difference to Llama: no positional embedding; the Mamba layers know the order."""
 
@@ -151,8 +173,19 @@ class LongLLaVAAttention(JambaAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        sequence_lengths: list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`).
+            attention_mask (`torch.Tensor`, *optional*): of whatever form the implementation of attention reads.
+            cache (`Cache`, *optional*): holds the keys and values before the first token; gets those of all tokens.
+            sequence_lengths (`list[list[int]]`, *optional*): see [`packed_causal_attention`]; for `sdpa`, without a cache.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, hidden_size)`, and the weights where the implementation has them.
+        """
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -164,7 +197,10 @@ class LongLLaVAAttention(JambaAttention):
         # A cache of fixed size holds positions that are not used yet.
         is_growing = not getattr(cache, "is_compileable", False)
         implementation, dropout = self.config._attn_implementation, self.attention_dropout if self.training else 0.0
-        if attention_mask is None and is_growing and implementation == "sdpa":
+        if sequence_lengths is not None:
+            attn_output = packed_causal_attention(query, key, value, sequence_lengths, self.scaling, dropout)
+            attn_output, attn_weights = attn_output.transpose(1, 2), None
+        elif attention_mask is None and is_growing and implementation == "sdpa":
             attn_output, attn_weights = causal_attention(query, key, value, self.scaling, dropout), None
             attn_output = attn_output.transpose(1, 2)
         else:
@@ -255,7 +291,8 @@ class LongLLaVAMambaMixer(nn.Module):
         """
         if padding is not None:
             hidden_states = _permute_tokens(hidden_states, padding.order)
-        x, gate = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, intermediate_size, length)
+        # (batch, intermediate_size, length); halved first, as the gradients are put together as they lie in memory
+        x, gate = (half.transpose(1, 2) for half in self.in_proj(hidden_states).chunk(2, dim=-1))
         if padding is not None:
             # Selected, not multiplied: whatever padding holds must not reach the state, be it infinite.
             x = torch.where(padding.is_token[:, None], x, 0)
@@ -483,6 +520,15 @@ def positions_in_sequences(seq_idx: torch.Tensor) -> torch.Tensor:
     return positions - torch.where(sequence_starts(seq_idx), positions, 0).cummax(dim=1).values
 
 
+def lengths_of_sequences(seq_idx: torch.Tensor) -> list[list[int]]:
+    """How many tokens each sequence of each row has, from the number of each token's sequence `(batch, length)`."""
+    lengths = []
+    for starts in sequence_starts(seq_idx).cpu():
+        bounds = [0, *starts.nonzero().flatten().tolist(), len(starts)]
+        lengths.append([end - start for start, end in pairwise(bounds)])
+    return lengths
+
+
 def packed_sequences(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -608,10 +654,15 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         # `generate` prepares the masks itself where the cache has a fixed size.
         masks = attention_mask if isinstance(attention_mask, dict) else None
         padding = Padding.from_attention_mask(masks.get("linear_attention") if masks else attention_mask, length)
+        sequence_lengths = None
         if masks is not None:
             causal_mask = masks.get("full_attention")
-        elif seq_idx is None and self._needs_no_mask(attention_mask, length, cache):
+        elif self._needs_no_mask(attention_mask, length, cache) and (
+            seq_idx is None or not is_torchdynamo_compiling()
+        ):
             causal_mask = None
+            if seq_idx is not None and "full_attention" in self.config.layer_types:
+                sequence_lengths = lengths_of_sequences(seq_idx)
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
@@ -629,6 +680,7 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
                 position_ids=position_ids,
                 padding=padding,
                 seq_idx=seq_idx,
+                sequence_lengths=sequence_lengths,
                 **as_cache(cache),  # which gradient checkpointing takes away by that name
                 **kwargs,
             )
