@@ -20,6 +20,7 @@ is not public in them. Neither is named in any other file.
 | `ADAPTER_PATH`, `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
 | `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
+| `refuse_merging` | PEFT's `BaseTuner._check_merge_allowed` | all | PEFT rounds what it merges to the dtype of the weight, be that int8 | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
 | `TorchDispatchMode` | torch's `utils._python_dispatch` | all | to count allocations | none |
 | `int8_matmul_cpu` | torch's `_weight_int8pack_mm` | all | speed of generated tokens on a CPU | a product after a cast |
@@ -204,6 +205,30 @@ def take_adapter(name: Any, kwargs: dict[str, Any], hub_arguments: dict[str, Any
     return None if path is None else {"peft_model_id": path, "adapter_name": adapter_name, "adapter_kwargs": options}
 
 
+def refuse_merging(cls: type, reason: str) -> None:
+    """
+    If PEFT is imported, let it raise `ValueError` before adapters are merged into layers of a class.
+
+    Args:
+        cls (`type`): of the layers.
+        reason (`str`): what the error says.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    check = getattr(getattr(tuners, "BaseTuner", None), "_check_merge_allowed", None)
+    if check is None or hasattr(check, "refused_class"):
+        return
+
+    @functools.wraps(check)
+    def check_merge_allowed(tuner):
+        adapted = (module for module in tuner.model.modules() if isinstance(module, tuners.BaseTunerLayer))
+        if any(is_instance(module.get_base_layer(), cls) for module in adapted):
+            raise ValueError(reason)
+        check(tuner)
+
+    check_merge_allowed.refused_class = cls  # type: ignore[attr-defined]
+    tuners.BaseTuner._check_merge_allowed = check_merge_allowed  # type: ignore[union-attr]
+
+
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether something is to be called in front of a module's `forward`, which a module that is only read never does."""
     return bool(module._forward_pre_hooks)
@@ -248,6 +273,6 @@ __all__ = [
     "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "FetchedAsOne", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
     "TorchDispatchMode", "accepts_cache", "add_to_transformers", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
     "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "is_instance", "merge_processor_kwargs",
-    "merge_with_config_defaults", "move_hook", "recurrent_states", "save_registered_names", "should_convert_module",
+    "merge_with_config_defaults", "move_hook", "recurrent_states", "refuse_merging", "save_registered_names", "should_convert_module",
     "take_adapter", "take_cache",
 ]  # fmt: skip

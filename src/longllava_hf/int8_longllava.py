@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compat_longllava import is_instance, should_convert_module
+from .compat_longllava import is_instance, refuse_merging, should_convert_module
 from .grouped_linear_longllava import grouped_linear, has_triton_kernels, quantize_rows, scaled_linear
 
 
@@ -145,12 +145,32 @@ class LongLLaVAInt8Linear(nn.Linear):
             self.weight_scale.data = scale.to(self.weight_scale.device)
         return self
 
+    def train(self, mode: bool = True):
+        # Called after every loading, of adapters too, and before training: PEFT need not be imported earlier.
+        refuse_merging(
+            LongLLaVAInt8Linear,
+            "Adapters cannot be merged into int8 weights: `dequantize()` the model first, or load it without"
+            " `quantization_config`.",
+        )
+        return super().train(mode)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return int8_linear(hidden_states, self.weight, self.weight_scale, self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The linear layer that this one stands for."""
         return dense_linear((self.weight.float() * self.weight_scale[:, None]).to(dtype), self.bias)
+
+
+def check_int8_adapters(model: nn.Module) -> None:
+    """Raises `NotImplementedError` for DoRA and the like on int8 layers: PEFT would take the weights without their scales."""
+    for name, layer in model.named_modules():
+        if getattr(layer, "lora_variant", None) and is_instance(layer.get_base_layer(), LongLLaVAInt8Linear):
+            kinds = sorted({type(variant).__name__ for variant in layer.lora_variant.values()})
+            raise NotImplementedError(
+                f"On {INT8_METHOD} weights LoRA must be plain, but `{name}` has {', '.join(kinds)}: take plain LoRA,"
+                " bitsandbytes' int8, or no quantisation."
+            )
 
 
 class LongLLaVAInt8Quantize(ConversionOps):

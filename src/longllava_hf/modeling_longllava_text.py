@@ -56,7 +56,7 @@ from .configuration_longllava import LongLLaVATextConfig
 from .experts_longllava import choose_experts_forward, experts_reference, unpack_experts
 from .generation_longllava import LongLLaVAGenerationMixin, check_no_image_tokens
 from .grouped_linear_longllava import has_triton_kernels, planned_device
-from .int8_longllava import LongLLaVAInt8Linear
+from .int8_longllava import LongLLaVAInt8Linear, check_int8_adapters
 from .selective_scan_longllava import selective_scan
 
 
@@ -589,6 +589,11 @@ class LongLLaVATextModel(LongLLaVATextPreTrainedModel):
         self.final_layernorm = JambaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def train(self, mode: bool = True):
+        """As [`~nn.Module.train`]; refuses adapters that would be wrong, as this is called after they are loaded too."""
+        check_int8_adapters(self)
+        return super().train(mode)
 
     def _check_states(self, cache: Cache | None) -> None:
         layers = [] if cache is None else [i for i, t in enumerate(self.config.layer_types) if t == "linear_attention"]

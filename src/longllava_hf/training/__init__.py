@@ -1,8 +1,9 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
-"""What training needs that Trainer, TRL and PEFT cannot know: the authors' labels, and packing with pictures."""
+"""What training needs that Trainer, TRL and PEFT cannot know: the authors' labels, packing with pictures, and what to adapt."""
 
 from .collator import LongLLaVADataCollator
 from .data import convert_data, convert_sample, video_row, with_sub_images
+from .lora import lora_targets
 from .packing import PackedDataset, draw_lengths, plan_bins, token_lengths
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "convert_data",
     "convert_sample",
     "draw_lengths",
+    "lora_targets",
     "plan_bins",
     "token_lengths",
     "video_row",
