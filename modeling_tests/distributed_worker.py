@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from longllava_hf import LongLLaVAForConditionalGeneration
 
-from .conftest import small_config
+from .conftest import published, small_config
 
 
 STEPS = 20
@@ -23,7 +23,12 @@ IMAGE_TOKEN = 5
 def build() -> LongLLaVAForConditionalGeneration:
     """A model of 8 experts that sees 2 pictures at a time; its tower is frozen, as in the paper."""
     torch.manual_seed(0)
-    text_config = {"num_experts": 8, "num_hidden_layers": 6, "output_router_logits": True, "router_aux_loss_coef": 0.01}
+    text_config = {
+        "num_experts": 8,
+        "num_hidden_layers": 6,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.01,
+    }
     model = LongLLaVAForConditionalGeneration(small_config(text_config=text_config, vision_batch_size=2))
     model.model.vision_tower.requires_grad_(False)
     return model.train()
@@ -48,8 +53,8 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
 
-def train_alone(world: int) -> list[list[float]]:
-    """The losses of all ranks at each step, in one process. What has no gradient at a step has zeros, as with DDP."""
+def train_alone(world: int) -> dict[str, list[list[float]]]:
+    """What [`train`] and [`evaluate`] give on each rank, in one process. Without a gradient there are zeros, as with DDP."""
     model = build()
     optimizer, losses = optimizer_of(model), []
     for step in range(STEPS):
@@ -58,7 +63,7 @@ def train_alone(world: int) -> list[list[float]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         losses.append([loss.item() for loss in of_ranks])
-    return losses
+    return {"losses": list(zip(*losses)), "eval": [evaluate(model, rank) for rank in range(world)]}
 
 
 def train(model, optimizer, rank: int) -> list[float]:
@@ -81,7 +86,7 @@ def evaluate(model, rank: int) -> list[float]:
 
 def run_ddp(rank: int) -> dict:
     model = torch.nn.parallel.DistributedDataParallel(build())
-    return {"losses": train(model, optimizer_of(model), rank)}
+    return {"losses": train(model, optimizer_of(model), rank), "eval": evaluate(model.module, rank)}
 
 
 def run_fsdp2(rank: int) -> dict:
@@ -121,27 +126,26 @@ def run_zero3(rank: int) -> dict:
 
 
 def run_zero3_load(rank: int) -> dict:
-    """A checkpoint is read into parameters that are spread from the start."""
+    """Checkpoints are read into parameters that are spread from the start: a native one, and one whose tower is elsewhere."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    folder = Path(sys.argv[4]) / "checkpoint"
-    config = zero3_config()
-    alive = HfDeepSpeedConfig(config)
-    model = LongLLaVAForConditionalGeneration.from_pretrained(folder)
-    is_sharded = all(hasattr(p, "ds_tensor") for p in model.parameters())
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    del alive
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        expected = build().state_dict()
-        differs = [name for name, value in model.state_dict().items() if not torch.equal(value, expected[name])]
-    return {"is_sharded": is_sharded, "differs": differs, "eval": evaluate(engine, rank)}
+    alive = HfDeepSpeedConfig(zero3_config())
+    is_sharded, differs = True, []
+    for folder in (Path(sys.argv[4]) / "checkpoint", published("moe")):
+        model = LongLLaVAForConditionalGeneration.from_pretrained(folder)
+        is_sharded = is_sharded and all(hasattr(p, "ds_tensor") for p in model.parameters())
+        expected = torch.load(Path(sys.argv[4]) / f"{folder.parent.name}.pt", weights_only=True)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            state = model.state_dict()
+            differs += [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert alive.is_zero3()
+    return {"is_sharded": is_sharded, "differs": differs, "compared": len(state)}
 
 
 def main() -> None:
     rank, world, port, folder, *ways = sys.argv[1:]
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(20)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo")
     for way in ways:

@@ -70,6 +70,7 @@ INTERNAL = {
     "merge_with_config_defaults",
     "prepare_inputs_layout",
     "quantization_operation",
+    "set_zero3_state",
     "should_convert_module",
     "text_replacement_offsets",
     "weight_mapping",

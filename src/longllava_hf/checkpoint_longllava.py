@@ -25,6 +25,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedConfig, PreTrain
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps
 from transformers.distributed import DistributedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -37,7 +38,13 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .bitsandbytes_longllava import dequantize_4bit_layers, is_blockwise, row_quantizer, scale_bytes, use_own_products
-from .compat_longllava import ADAPTER_PATH, LazyWeightConverter, save_registered_names, take_adapter
+from .compat_longllava import (
+    ADAPTER_PATH,
+    LazyWeightConverter,
+    save_registered_names,
+    set_zero3_state,
+    take_adapter,
+)
 from .configuration_longllava import (
     LongLLaVATextConfig,
     has_own_decoder,
@@ -86,7 +93,9 @@ class StackExperts(ConversionOps):
         by_rows = row_quantizer(self.quantize_op)
         stacked: list[torch.Tensor] = []
         for i, part in enumerate(pending):
-            rows = part.result() if isinstance(part, Future) else part()
+            if isinstance(part, Future):
+                part = part.result()
+            rows = part if isinstance(part, torch.Tensor) else part()  # for ZeRO-3 they are read already
             pending[i] = None
             pieces = by_rows[0](rows) if by_rows else (rows,)
             if i == 0:
@@ -315,7 +324,7 @@ def load_vision_tower(config: PreTrainedConfig, folder: str | os.PathLike | None
     """
     source = locate_vision_tower(config.vision_tower, folder)
     logger.warning(f"The checkpoint `{folder}` has no vision tower of its own; taking it from `{source}`.")
-    with _damage_named(source, source):
+    with _damage_named(source, source), set_zero3_state():
         checkpoint_files(source)  # for what it says of an index
         options = {"output_loading_info": True, "trust_remote_code": False}
         tower, info = AutoModel.from_pretrained(source, config=config.vision_config, **options)
@@ -587,7 +596,8 @@ class PublishedPreTrainedModel(PreTrainedModel):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
         dtype = dtype.get("", torch.float32) if isinstance(dtype, dict) else dtype
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-        with torch.device("meta"), named_errors("The configuration", name):
+        # For ZeRO-3, modules spread what is built in them, which nothing on `meta` can be.
+        with torch.device("meta"), set_zero3_state(), named_errors("The configuration", name):
             model: Any = cls(copy.deepcopy(config), *model_args)
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         check_device_memory(model, bits_of(quantization), kwargs.get("device_map"), name)
@@ -597,6 +607,8 @@ class PublishedPreTrainedModel(PreTrainedModel):
             tensors.update(load_vision_tower(config, name))
         is_quantized_now = quantization is not None and not marks
         is_read = not files[0].endswith(".safetensors")
+        if lacks_tower and is_deepspeed_zero3_enabled():  # which takes nothing but tensors
+            tensors = {name: tensor[...] for name, tensor in tensors.items()}
         return tensors if lacks_tower or is_quantized_now or is_read else {}
 
     def save_pretrained(

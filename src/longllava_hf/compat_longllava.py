@@ -19,6 +19,7 @@ is not public in them. Neither is named in any other file.
 | `save_registered_names` | `model._weight_conversions` | all | saving goes by the registry, whatever was read | none |
 | `ADAPTER_PATH`, `take_adapter` | `adapter_kwargs["_adapter_model_path"]`, where `Auto` classes leave it | all | tensors are loaded without a name to look for adapters by | none |
 | `move_hook` | accelerate's `_hf_hook` | all | a layer that is replaced after it was dispatched | none |
+| `set_zero3_state` | what keeps parts of a model from being spread for ZeRO-3 when they are built | all | the model that a checkpoint is compared with is on `meta` | none |
 | `should_convert_module` | a helper of Transformers' quantisers | all | to say beforehand what they leave alone | none |
 | `refuse_merging` | PEFT's `BaseTuner._check_merge_allowed` | all | PEFT rounds what it merges to the dtype of the weight, be that int8 | none |
 | `has_forward_pre_hooks` | torch's `Module._forward_pre_hooks` | all | how PEFT tells a layer of an adapter for each row | none |
@@ -44,6 +45,7 @@ from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import find_adapter_config_file, is_accelerate_available, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
@@ -273,6 +275,7 @@ __all__ = [
     "ADAPTER_PATH", "CACHE", "EXPANDS_ENCODER_OUTPUTS", "FetchedAsOne", "LazyWeightConverter", "OutputRecorder", "SettableExperts",
     "TorchDispatchMode", "accepts_cache", "add_to_transformers", "align_module_device", "as_cache", "attention_and_logsumexp_cpu", "capture_outputs",
     "execution_device", "get_cache", "has_forward_pre_hooks", "int8_matmul_cpu", "is_instance", "merge_processor_kwargs",
-    "merge_with_config_defaults", "move_hook", "recurrent_states", "refuse_merging", "save_registered_names", "should_convert_module",
+    "merge_with_config_defaults", "move_hook", "recurrent_states", "refuse_merging", "save_registered_names", "set_zero3_state",
+    "should_convert_module",
     "take_adapter", "take_cache",
 ]  # fmt: skip

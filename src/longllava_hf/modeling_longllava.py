@@ -251,10 +251,11 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         How many calls of the tower this process lacks, of several that train together. Where weights are spread, each call is
         an exchange in which all take part, so that all must make as many; and for DDP each must have gradients.
         """
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return 0
-        if torch.distributed.get_world_size() == 1:
-            return 0
+        is_alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        if is_alone or torch.distributed.get_world_size() == 1:
+            # Where the decoder is frozen, as in the first stage, text alone would have nothing to go back to.
+            needs_call = self.training and not images and torch.is_grad_enabled()
+            return int(needs_call and not any(weight.requires_grad for weight in self.language_model.parameters()))
         calls, least = math.ceil(images / self.config.vision_batch_size), int(self.training)
         if not is_sharded(self.vision_tower, self.multi_modal_projector):
             return max(0, least - calls)
