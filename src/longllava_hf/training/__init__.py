@@ -3,11 +3,12 @@
 
 from .collator import LongLLaVADataCollator
 from .data import convert_data, convert_sample, video_row, with_sub_images
-from .lora import lora_targets
+from .lora import LORA_PARTS, lora_targets
 from .packing import PackedDataset, draw_lengths, plan_bins, token_lengths
 
 
 __all__ = [
+    "LORA_PARTS",
     "LongLLaVADataCollator",
     "PackedDataset",
     "convert_data",
