@@ -74,6 +74,35 @@ def test_convolution_equals_its_reference(length, bias, has_past, boundaries):
         torch.testing.assert_close(ours, reference)
 
 
+def test_what_another_sequence_holds_leaves_no_trace():
+    conv1d, x = make_conv(), torch.randn(1, 6, 20)
+    seq_idx = (torch.arange(20) >= 9).long()[None]
+    expected = conv1d(F.pad(x[..., 9:], (3, 0)))
+    x[..., :9] = float("inf")
+    leaf = x.requires_grad_()
+    y = causal_conv1d(leaf, conv1d, torch.full((1, 6, 4), float("inf")), seq_idx)
+    torch.testing.assert_close(y[..., 9:], expected)
+    y[..., 9:].sum().backward()
+    assert torch.isfinite(leaf.grad).all() and not leaf.grad[..., :9].any()
+
+
+@pytest.mark.parametrize("boundaries", [True, False])
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_gradients_of_some_inputs(frozen, boundaries):
+    """As with an adapter, or the first layer: what is frozen gets none, and the rest what it gets otherwise."""
+    found = []
+    for convolve in (causal_conv1d, causal_conv1d_reference):
+        conv1d, x = make_conv(), torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(frozen != "x")
+        conv1d.weight.requires_grad_(frozen != "weight")
+        convolve(x, conv1d, None, make_boundaries(2, 20) if boundaries else None).square().sum().backward()
+        found.append([x.grad, conv1d.weight.grad, conv1d.bias.grad])
+    for ours, reference in zip(*found):
+        assert (ours is None) == (reference is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
 def test_causal_conv1d_is_called_as_it_wants(monkeypatch):
     """The package's documented demands, and its result from the reference."""
     conv1d = make_conv(8)
