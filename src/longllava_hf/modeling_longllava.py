@@ -259,8 +259,7 @@ class LongLLaVAModel(LongLLaVAPreTrainedModel):
         calls, least = math.ceil(images / self.config.vision_batch_size), int(self.training)
         if not is_sharded(self.vision_tower, self.multi_modal_projector):
             return max(0, least - calls)
-        device: Any = self.get_input_embeddings().weight.device
-        most = torch.tensor(max(calls, least), device=device)
+        most = torch.tensor(max(calls, least), device=self.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most) - calls
 
