@@ -95,7 +95,6 @@ class LongLLaVAModelTest(CommonTests, unittest.TestCase):
     all_model_classes = (LongLLaVAModel, LongLLaVAForConditionalGeneration)
     _is_composite = True
     additional_model_inputs = ["pixel_values"]  # there are no placeholders without pictures
-    test_all_params_have_gradient = False  # the tower's layers after `vision_feature_layer` have none
 
     def setUp(self):
         self.model_tester = LongLLaVAModelTester(self)
