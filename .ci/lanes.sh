@@ -21,13 +21,13 @@ readme_command() { # NAME CONSTRAINTS: the block that is marked `<!-- command: N
   echo "${lines//constraints.txt/$2}"
 }
 
-run_and_test() { # CONSTRAINTS: the README's two commands, the tests that tell most of a new release first
+run_and_test() { # CONSTRAINTS [PACKAGE...]: the README's two commands, the tests that tell most of a new release first
   local run tests answer
   run=$(readme_command run "$1")
   tests=$(readme_command tests "$1")
   echo "-- $run"
   bash -euo pipefail -c "$(sed '$d' <<<"$run")"
-  .venv/bin/pip install -q -c "$1" pytest hypothesis
+  .venv/bin/pip install -q -c "$1" pytest hypothesis "${@:2}"
   .venv/bin/python -m pytest -q modeling_tests/test_contract.py modeling_tests/test_private_names.py
   answer=$(bash -euo pipefail -c "$(tail -n 1 <<<"$run")" | tee >(cat >&2) | tail -n 1)
   [ "$answer" = 5 ] || { echo "The film shows a 5, but the answer was '$answer'."; return 1; }

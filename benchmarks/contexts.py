@@ -3,7 +3,7 @@
 Ten questions about one film of 500 frames: from a kept context, read from its file in a fresh process, against ten runs
 from the film. Same tokens; how many times faster in total, with the model loaded and with loading it.
 
-    pip install -e ".[train]"
+    pip install -e ".[tiny]"
     python benchmarks/contexts.py [--frames 500]
 """
 

@@ -3,7 +3,7 @@
 Photographs of 12 megapixels from disk to pixel values, against CLIP's image processor in a plain loop, which pads to a
 square as the authors' code does: throughput, and whether every pixel is identical.
 
-    pip install -e ".[train]"
+    pip install -e ".[tiny]"
     python benchmarks/preprocessing.py [--photos 200]
 """
 

@@ -19,6 +19,8 @@ from . import distributed_worker
 from .conftest import published
 
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 ROOT = Path(__file__).parent.parent
 

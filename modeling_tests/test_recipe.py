@@ -107,6 +107,7 @@ def test_three_stages(rows, tmp_path, capsys):
     assert main(["ask", "--model", folder, str(Path(rows).with_name("1.png")), "Which digit is this?"]) == 0
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(rows, tmp_path):
     """SIGKILL in the middle of a step; then the weights are those of an undisturbed run, bit for bit, experts included."""
     keys = {"data": [{"path": str(rows)}], "max_steps": 8, "save_total_limit": 1, CHECKPOINTING: True}

@@ -189,6 +189,7 @@ def mixed_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_thousand_rows_packed(tiny_processor):
     """None is lost, less than 5 % is empty, and the loss is the mean over the rows alone."""
     config = LongLLaVAConfig.from_pretrained(longllava_hf.TINY)

