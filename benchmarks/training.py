@@ -12,8 +12,8 @@ memory of packed rows. Times are those of a processor core.
 
 import argparse
 import importlib.util
-import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from report import RESULTS, machine, peak_of, print_table, run_apart, write_json
-from scan import floor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import JambaConfig, JambaForCausalLM
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
@@ -123,6 +122,20 @@ def products_seconds(hidden_size: int) -> float:
     return in_turns({"products": products}, 5)["products"] * 1e9 / (6 * x.numel() * len(weight))
 
 
+def scan_seconds() -> float:
+    """Seconds of 1e9 steps of a state at the least: an exponential, a multiplication and a multiply-add, in the cache."""
+    a, b, c = torch.rand(3, 1 << 16).neg_()
+    out = torch.empty_like(a)
+
+    def run() -> None:
+        for _ in range(100):
+            torch.exp(a, out=out)
+            torch.mul(a, b, out=out)
+            torch.addcmul(c, a, b, out=out)
+
+    return in_turns({"steps": run}, 5)["steps"] * 1e9 / (100 * a.numel())
+
+
 def step_beside_floor(folder: str, length: int) -> tuple[float, float, float]:
     """Seconds of a step, of its products alone, and of the least that its scans do; in a process of its own."""
     torch.set_num_threads(1)
@@ -134,19 +147,16 @@ def step_beside_floor(folder: str, length: int) -> tuple[float, float, float]:
     mixers = model.config.layer_types.count("linear_attention")
     states = length * model.config.mamba_expand * model.config.hidden_size * STATES
     # Forward, again because of the checkpoint, and again for the backward pass.
-    return seconds, products, 3 * mixers * states * floor() / 1e9
+    return seconds, products, 3 * mixers * states * scan_seconds() / 1e9
 
 
 def run_with(source: Path, *arguments) -> Any:
     """As [`run_apart`], with the package from another folder."""
-    paths = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), *([paths] if paths else [])])
+    sys.path.insert(0, str(source.resolve()))  # which a process that is started takes over
     try:
         return run_apart(*arguments)
     finally:
-        os.environ.pop("PYTHONPATH")
-        if paths:
-            os.environ["PYTHONPATH"] = paths
+        sys.path.pop(0)
 
 
 def compare_alone(folder: str, lengths: list[int], rounds: int, before: Path | None) -> list[dict]:
