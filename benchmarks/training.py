@@ -236,7 +236,7 @@ def measure_packed(folder: str, length: int, sample: int) -> tuple[float, int]:
 
 def compare_packed(folder: str, lengths: list[int], sample: int) -> list[dict]:
     results = {length: run_apart(measure_packed, folder, length, sample) for length in lengths}
-    first = results[lengths[0]]
+    first = next(iter(results.values()), None)
     return [
         {
             "tokens": length,
@@ -277,7 +277,7 @@ def main() -> None:
         content["alone"] = compare_alone(folder, arguments.alone, arguments.rounds, arguments.before)
         content["packed"] = compare_packed(small, arguments.packed, arguments.sample)
         content["step"] = compare(folder, arguments.lengths, arguments.rounds)
-    for table in ("step", "alone", "mixer", "packed"):
+    for table in filter(content.get, ("step", "alone", "mixer", "packed")):
         print()
         print_table(content[table])
     print(f"written: {write_json('training_cpu', content, arguments.output)}")
