@@ -1,0 +1,237 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""Objects and digits on footage: pictures as uint8 arrays, each made from a seed and from nothing else."""
+
+import math
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_digits, load_sample_images
+
+from .assets import ARTISTS, TRAIN_FOOTAGE, cache_folder, cut_outs, footage
+
+
+IMAGE_SIZE = 96
+# What the processor pads a picture to a square with: the mean of CLIP's pictures.
+PADDING = (122, 116, 104)
+# Width and height of what is pictured within the square: squares, and films of several shapes.
+SHAPES = [(96, 96), (96, 96), (96, 72), (96, 79), (96, 54)]
+
+
+@cache
+def digit_scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scans `(n, 8, 8)` in 0..255 and their digits, apart for training and test."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    scans, digits = (data.images[order] * 255 / 16).astype(np.uint8), data.target[order]
+    held_out = len(digits) // 5
+    return {"test": (scans[:held_out], digits[:held_out]), "train": (scans[held_out:], digits[held_out:])}
+
+
+def draw_digit(scan: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A scan as a picture `(height, width, 3)` of `size` (width, height): white on black, as large as fits."""
+    side = min(size)
+    canvas = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    digit = np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC))
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    canvas[top : top + side, left : left + side] = digit[..., None]
+    return canvas
+
+
+def distort(scan: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A scan, turned, scaled, sheared and shifted a little, in 16 x 16 pixels."""
+    image = Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC)
+    image = image.rotate(rng.uniform(-14, 14), Image.Resampling.BILINEAR)
+    scale_x, scale_y, shear = rng.uniform(0.85, 1.18), rng.uniform(0.85, 1.18), rng.uniform(-0.15, 0.15)
+    shift_x, shift_y = rng.uniform(-3, 3), rng.uniform(-3, 3)
+    matrix = (scale_x, shear, 16 - 16 * scale_x - 16 * shear + shift_x, 0, scale_y, 16 - 16 * scale_y + shift_y)
+    image = image.transform((32, 32), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(image.resize((16, 16), Image.Resampling.BOX))
+
+
+def pad(picture: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """A picture in the middle of a square, as the processor pads it."""
+    height, width = picture.shape[:2]
+    if (height, width) == (size, size):
+        return picture
+    square = np.empty((size, size, 3), dtype=np.uint8)
+    square[:] = PADDING
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+# ---- Objects.
+
+
+def redraw(cut_out: np.ndarray, style: str) -> np.ndarray:
+    """A cut-out as another artist might have drawn it: with a pen's outline, in few colours, or in grey."""
+    image = Image.fromarray(cut_out)
+    colour, alpha = image.convert("RGB"), image.getchannel("A")
+    if style in ("pen", "comic", "line"):
+        edges = Image.fromarray(np.where(cut_out[..., 3:] > 8, cut_out[..., :3], 255).astype(np.uint8))
+        edges = edges.filter(ImageFilter.GaussianBlur(1.2)).filter(ImageFilter.FIND_EDGES).convert("L")
+        ink = np.asarray(edges.filter(ImageFilter.MaxFilter(3)), dtype=np.float32)
+        ink[:4], ink[-4:], ink[:, :4], ink[:, -4:] = 0, 0, 0, 0
+        ink = np.clip((ink - 14) / 24, 0, 1)
+        # The outline of the whole thing is drawn around it.
+        around = np.asarray(alpha.filter(ImageFilter.MaxFilter(3)), dtype=np.float32) / 255
+        within = np.asarray(alpha.filter(ImageFilter.MinFilter(5)), dtype=np.float32) / 255
+        ink = np.maximum(ink, around - within)[..., None]
+        if style == "comic":
+            colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(6).convert("RGB")
+        base = np.asarray(colour, dtype=np.float32)
+        if style == "line":
+            base = 255 - (255 - base) * 0.15
+        drawn = base * (1 - ink)
+        result = np.concatenate([drawn, 255 * np.maximum(np.asarray(alpha, np.float32)[..., None] / 255, ink)], axis=-1)
+        return result.astype(np.uint8)
+    if style == "flat":
+        colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(5).convert("RGB")
+    return np.dstack([np.asarray(colour), np.asarray(alpha)])
+
+
+STYLES = ("own", "own", "pen", "comic", "flat", "line")
+
+
+@cache
+def _premultiplied(artist: str, style: str) -> dict[str, list[Image.Image]]:
+    """Cut-outs by noun, with colours times opacity, so that they can be resampled."""
+    result: dict[str, list[Image.Image]] = {}
+    for noun, drawings in cut_outs(artist).items():
+        for drawing in drawings:
+            drawing = drawing if style == "own" else redraw(drawing, style)
+            colour, alpha = drawing[..., :3].astype(np.uint16), drawing[..., 3:]
+            drawing = np.concatenate([(colour * alpha // 255).astype(np.uint8), alpha], axis=-1)
+            result.setdefault(noun, []).append(Image.fromarray(drawing))
+    return result
+
+
+def paste(
+    background: np.ndarray, cut_out: Image.Image, rng: random.Random, scale: tuple[float, float] = (0.6, 1.0)
+) -> np.ndarray:
+    """
+    A cut-out on a background, at random scale, turn, light and place.
+
+    Args:
+        background (`np.ndarray` of shape `(height, width, 3)`, uint8).
+        cut_out (`Image.Image`): RGBA, premultiplied.
+        scale (`tuple[float, float]`): its longer side, in units of the background's shorter one.
+    """
+    height, width = background.shape[:2]
+    size = rng.uniform(*scale) * min(height, width)
+    angle, squeeze = math.radians(rng.triangular(-25, 25)), rng.uniform(0.85, 1.15)
+    center_x = rng.uniform(0.45 * size, width - 0.45 * size)
+    center_y = rng.uniform(0.45 * size, height - 0.45 * size)
+    ratio = cut_out.width / size
+    if ratio > 2:  # bilinear alone would skip pixels
+        cut_out = cut_out.reduce(2)
+        ratio /= 2
+    middle = cut_out.width / 2
+    cos, sin = ratio * math.cos(angle), ratio * math.sin(angle)
+    mirror = rng.choice((-1, 1))
+    a, b, d, e = mirror * cos * squeeze, mirror * sin, -sin * squeeze, cos
+    matrix = (a, b, middle - a * center_x - b * center_y, d, e, middle - d * center_x - e * center_y)
+    sprite = np.asarray(cut_out.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+    light = np.array([rng.uniform(0.7, 1.15) * rng.uniform(0.93, 1.07) for _ in range(3)], dtype=np.float32)
+    alpha = sprite[..., 3:].astype(np.float32)
+    result = background * (1 - alpha / 255) + np.minimum(sprite[..., :3] * light, alpha)
+    return result.astype(np.uint8)
+
+
+# ---- Footage.
+
+
+def crop(image: Image.Image, size: tuple[int, int], rng: random.Random) -> np.ndarray:
+    """A part of a picture, mirrored, darkened or brightened, as `(height, width, 3)`."""
+    scale = min(image.width / size[0], image.height / size[1]) * math.sqrt(rng.uniform(0.12, 1.0))
+    width, height = scale * size[0], scale * size[1]
+    x, y = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    part = image.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + width, y + height), reducing_gap=2.0)
+    pixels = np.asarray(part, dtype=np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if rng.random() < 0.15:
+        pixels = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    tint = np.array([rng.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
+    return np.clip((pixels - 128) * rng.uniform(0.5, 1.2) + 128 * rng.uniform(0.6, 1.3), 0, 255).__mul__(tint).clip(
+        0, 255
+    ).astype(np.uint8)
+
+
+def plain(size: tuple[int, int], rng: random.Random) -> np.ndarray:
+    """No footage: a colour, or one that changes into another."""
+    first = np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32)
+    second = first if rng.random() < 0.5 else np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32)
+    if rng.random() < 0.3:
+        first = second = np.full(3, 255, dtype=np.float32)
+    along = np.linspace(0, 1, size[0], dtype=np.float32)[None, :, None]
+    across = np.linspace(0, 1, size[1], dtype=np.float32)[:, None, None]
+    turn = rng.uniform(0, 1)
+    mix = turn * along + (1 - turn) * across
+    return (first * (1 - mix) + second * mix).astype(np.uint8)
+
+
+@cache
+def scenes(per_scene: int = 24, seed: int = 0) -> dict[tuple[int, int], list[list[np.ndarray]]]:
+    """
+    Training footage by its shape: scenes of frames that follow one another, each scene seen through a window of its
+    own, and windows of the photographs that move.
+    """
+    rng = random.Random(seed)
+    films = [footage(name) for name in TRAIN_FOOTAGE]
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    result: dict[tuple[int, int], list[list[np.ndarray]]] = {}
+    for size in dict.fromkeys(SHAPES):
+        for _ in range(per_scene):
+            for film in films:
+                start, state = rng.randrange(len(film)), rng.getstate()
+                scene = []
+                for frame in range(start, min(start + 40, len(film))):
+                    rng.setstate(state)
+                    scene.append(crop(film[frame], size, rng))
+                result.setdefault(size, []).append(scene)
+            for photograph in photographs:
+                result[size].append([crop(photograph, size, rng) for _ in range(12)])
+    return result
+
+
+# ---- What is asked about.
+
+
+class Pictures:
+    """
+    Pictures for training: objects by the training artists, digits of the training scans, and footage with nothing on it.
+
+    Args:
+        nouns (`list[str]`): what may be shown.
+    """
+
+    def __init__(self, nouns: list[str]):
+        self.nouns = nouns
+        self.by_noun = {
+            noun: [artist for artist in ARTISTS if noun in cut_outs(artist)] for noun in nouns
+        }
+
+    def background(self, size: tuple[int, int], rng: random.Random) -> np.ndarray:
+        if rng.random() < 0.2:
+            return plain(size, rng)
+        return rng.choice(rng.choice(scenes()[size]))
+
+    def object(
+        self, noun: str, rng: random.Random, background: np.ndarray | None = None, artist: str | None = None
+    ) -> np.ndarray:
+        """A picture of a noun `(IMAGE_SIZE, IMAGE_SIZE, 3)`, on a background of any shape or of its own."""
+        artist = artist or rng.choice(self.by_noun[noun])
+        drawings = _premultiplied(artist, rng.choice(STYLES))[noun]
+        if background is None:
+            background = self.background(rng.choice(SHAPES), rng)
+        return pad(paste(background, rng.choice(drawings), rng))
+
+    def digit(self, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[str, np.ndarray]:
+        scans, digits = digit_scans()["train"]
+        index = rng.randrange(len(digits))
+        scan = scans[index] if rng.random() < 0.1 else distort(scans[index], rng)
+        return str(digits[index]), pad(draw_digit(scan, size or rng.choice(SHAPES)))
