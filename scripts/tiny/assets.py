@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from longllava_hf.video_longllava import VideoFile
 
@@ -40,6 +40,7 @@ HELD_OUT_ARTIST, STAMPS = "openmoji", "tuxpaint-stamps-default"
 ARTISTS = [name for name in ICON_SETS if name != HELD_OUT_ARTIST]
 TRAIN_FOOTAGE, TEST_FOOTAGE = ("bikes.mp4", "carphone_pristine.mp4"), "bigbuckbunny.mp4"
 CUT_OUT_SIZE = 96
+REDRAWN = ("pen", "comic", "flat", "line")
 
 
 def cache_folder() -> Path:
@@ -158,8 +159,40 @@ def _draw(icons: dict, name: str) -> np.ndarray:
     return _cut(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
+def redraw(cut_out: np.ndarray, style: str) -> np.ndarray:
+    """A cut-out as another artist might have drawn it: with a pen's outline, in few colours, or in grey."""
+    image = Image.fromarray(cut_out)
+    colour, alpha = image.convert("RGB"), image.getchannel("A")
+    if style in ("pen", "comic", "line"):
+        edges = Image.fromarray(np.where(cut_out[..., 3:] > 8, cut_out[..., :3], 255).astype(np.uint8))
+        edges = edges.filter(ImageFilter.GaussianBlur(1.2)).filter(ImageFilter.FIND_EDGES).convert("L")
+        ink = np.asarray(edges.filter(ImageFilter.MaxFilter(3)), dtype=np.float32)
+        ink[:4], ink[-4:], ink[:, :4], ink[:, -4:] = 0, 0, 0, 0
+        ink = np.clip((ink - 14) / 24, 0, 1)
+        # The outline of the whole thing is drawn around it.
+        around = np.asarray(alpha.filter(ImageFilter.MaxFilter(3)), dtype=np.float32) / 255
+        within = np.asarray(alpha.filter(ImageFilter.MinFilter(5)), dtype=np.float32) / 255
+        ink = np.maximum(ink, around - within)[..., None]
+        if style == "comic":
+            colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(6).convert("RGB")
+        base = np.asarray(colour, dtype=np.float32)
+        if style == "line":
+            base = 255 - (255 - base) * 0.15
+        drawn = base * (1 - ink)
+        result = np.concatenate(
+            [drawn, 255 * np.maximum(np.asarray(alpha, np.float32)[..., None] / 255, ink)], axis=-1
+        )
+        return result.astype(np.uint8)
+    if style == "flat":
+        colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(5).convert("RGB")
+    return np.dstack([np.asarray(colour), np.asarray(alpha)])
+
+
 def draw() -> None:
-    """Draw all cut-outs into `cut_outs.npz`: `pixels`, and of each its `nouns` and its `artists`."""
+    """
+    Draw all cut-outs into `cut_outs.npz`: of each its noun (`nouns`), its artist (`artists`), and its pixels in each style
+    (`own`, and for the training artists [`REDRAWN`]), with colours times opacity, so that they can be resampled.
+    """
     folder = cache_folder()
     pixels, nouns, artists = [], [], []
     for artist in ICON_SETS:
@@ -181,17 +214,35 @@ def draw() -> None:
         pixels.append(_cut(Image.open(found[0]).convert("RGBA")))
         nouns.append(noun)
         artists.append(STAMPS)
-    np.savez_compressed(folder / "cut_outs.npz", pixels=np.stack(pixels), nouns=nouns, artists=artists)
+    # Training artists come first, so that their redrawn cut-outs have the same indices.
+    order = sorted(range(len(pixels)), key=lambda index: artists[index] not in ARTISTS)
+    bank = {"own": np.stack([_premultiply(pixels[index]) for index in order])}
+    trained = [index for index in order if artists[index] in ARTISTS]
+    for style in REDRAWN:
+        bank[style] = np.stack([_premultiply(redraw(pixels[index], style)) for index in trained])
+    np.savez_compressed(
+        folder / "cut_outs.npz", nouns=[nouns[i] for i in order], artists=[artists[i] for i in order], **bank
+    )
+
+
+def _premultiply(cut_out: np.ndarray) -> np.ndarray:
+    alpha = cut_out[..., 3:]
+    return np.concatenate([(cut_out[..., :3].astype(np.uint16) * alpha // 255).astype(np.uint8), alpha], axis=-1)
 
 
 @cache
-def cut_outs(artist: str) -> dict[str, list[np.ndarray]]:
-    """Of an artist, all drawings of each noun."""
+def _bank(style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.load(cache_folder() / "cut_outs.npz") as bank:
-        pixels, nouns, artists = bank["pixels"], bank["nouns"], bank["artists"]
-    result: dict[str, list[np.ndarray]] = {}
+        return bank[style], bank["nouns"], bank["artists"]
+
+
+@cache
+def cut_outs(artist: str, style: str = "own") -> dict[str, list[Image.Image]]:
+    """Of an artist, all drawings of each noun: RGBA, premultiplied."""
+    pixels, nouns, artists = _bank(style)
+    result: dict[str, list[Image.Image]] = {}
     for index in np.flatnonzero(artists == artist):
-        result.setdefault(str(nouns[index]), []).append(pixels[index])
+        result.setdefault(str(nouns[index]), []).append(Image.fromarray(pixels[index]))
     return result
 
 

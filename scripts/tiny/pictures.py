@@ -4,13 +4,12 @@
 import math
 import random
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from .assets import ARTISTS, TRAIN_FOOTAGE, cache_folder, cut_outs, footage
+from .assets import ARTISTS, TRAIN_FOOTAGE, cut_outs, footage
 
 
 IMAGE_SIZE = 96
@@ -66,47 +65,8 @@ def pad(picture: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
 # ---- Objects.
 
 
-def redraw(cut_out: np.ndarray, style: str) -> np.ndarray:
-    """A cut-out as another artist might have drawn it: with a pen's outline, in few colours, or in grey."""
-    image = Image.fromarray(cut_out)
-    colour, alpha = image.convert("RGB"), image.getchannel("A")
-    if style in ("pen", "comic", "line"):
-        edges = Image.fromarray(np.where(cut_out[..., 3:] > 8, cut_out[..., :3], 255).astype(np.uint8))
-        edges = edges.filter(ImageFilter.GaussianBlur(1.2)).filter(ImageFilter.FIND_EDGES).convert("L")
-        ink = np.asarray(edges.filter(ImageFilter.MaxFilter(3)), dtype=np.float32)
-        ink[:4], ink[-4:], ink[:, :4], ink[:, -4:] = 0, 0, 0, 0
-        ink = np.clip((ink - 14) / 24, 0, 1)
-        # The outline of the whole thing is drawn around it.
-        around = np.asarray(alpha.filter(ImageFilter.MaxFilter(3)), dtype=np.float32) / 255
-        within = np.asarray(alpha.filter(ImageFilter.MinFilter(5)), dtype=np.float32) / 255
-        ink = np.maximum(ink, around - within)[..., None]
-        if style == "comic":
-            colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(6).convert("RGB")
-        base = np.asarray(colour, dtype=np.float32)
-        if style == "line":
-            base = 255 - (255 - base) * 0.15
-        drawn = base * (1 - ink)
-        result = np.concatenate([drawn, 255 * np.maximum(np.asarray(alpha, np.float32)[..., None] / 255, ink)], axis=-1)
-        return result.astype(np.uint8)
-    if style == "flat":
-        colour = colour.filter(ImageFilter.MedianFilter(5)).quantize(5).convert("RGB")
-    return np.dstack([np.asarray(colour), np.asarray(alpha)])
-
-
+# Which style is drawn how often.
 STYLES = ("own", "own", "pen", "comic", "flat", "line")
-
-
-@cache
-def _premultiplied(artist: str, style: str) -> dict[str, list[Image.Image]]:
-    """Cut-outs by noun, with colours times opacity, so that they can be resampled."""
-    result: dict[str, list[Image.Image]] = {}
-    for noun, drawings in cut_outs(artist).items():
-        for drawing in drawings:
-            drawing = drawing if style == "own" else redraw(drawing, style)
-            colour, alpha = drawing[..., :3].astype(np.uint16), drawing[..., 3:]
-            drawing = np.concatenate([(colour * alpha // 255).astype(np.uint8), alpha], axis=-1)
-            result.setdefault(noun, []).append(Image.fromarray(drawing))
-    return result
 
 
 def paste(
@@ -156,9 +116,12 @@ def crop(image: Image.Image, size: tuple[int, int], rng: random.Random) -> np.nd
     if rng.random() < 0.15:
         pixels = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
     tint = np.array([rng.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
-    return np.clip((pixels - 128) * rng.uniform(0.5, 1.2) + 128 * rng.uniform(0.6, 1.3), 0, 255).__mul__(tint).clip(
-        0, 255
-    ).astype(np.uint8)
+    return (
+        np.clip((pixels - 128) * rng.uniform(0.5, 1.2) + 128 * rng.uniform(0.6, 1.3), 0, 255)
+        .__mul__(tint)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def plain(size: tuple[int, int], rng: random.Random) -> np.ndarray:
@@ -211,9 +174,7 @@ class Pictures:
 
     def __init__(self, nouns: list[str]):
         self.nouns = nouns
-        self.by_noun = {
-            noun: [artist for artist in ARTISTS if noun in cut_outs(artist)] for noun in nouns
-        }
+        self.by_noun = {noun: [artist for artist in ARTISTS if noun in cut_outs(artist, "own")] for noun in nouns}
 
     def background(self, size: tuple[int, int], rng: random.Random) -> np.ndarray:
         if rng.random() < 0.2:
@@ -221,14 +182,20 @@ class Pictures:
         return rng.choice(rng.choice(scenes()[size]))
 
     def object(
-        self, noun: str, rng: random.Random, background: np.ndarray | None = None, artist: str | None = None
+        self, noun: str, rng: random.Random, background: np.ndarray | None = None, easy: bool = False
     ) -> np.ndarray:
-        """A picture of a noun `(IMAGE_SIZE, IMAGE_SIZE, 3)`, on a background of any shape or of its own."""
-        artist = artist or rng.choice(self.by_noun[noun])
-        drawings = _premultiplied(artist, rng.choice(STYLES))[noun]
-        if background is None:
+        """
+        A picture of a noun `(IMAGE_SIZE, IMAGE_SIZE, 3)`, on a background of any shape or of its own.
+
+        Args:
+            easy (`bool`, defaults to `False`): large, in a square, as the artist drew it, on a plain background.
+        """
+        drawings = cut_outs(rng.choice(self.by_noun[noun]), "own" if easy else rng.choice(STYLES))[noun]
+        if easy:
+            background = plain((IMAGE_SIZE, IMAGE_SIZE), rng)
+        elif background is None:
             background = self.background(rng.choice(SHAPES), rng)
-        return pad(paste(background, rng.choice(drawings), rng))
+        return pad(paste(background, rng.choice(drawings), rng, (0.85, 1.0) if easy else (0.6, 1.0)))
 
     def digit(self, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[str, np.ndarray]:
         scans, digits = digit_scans()["train"]

@@ -21,19 +21,69 @@ import numpy as np
 from PIL import Image
 
 from .nouns import NOUNS, UNSEEN
-from .pictures import SHAPES, Pictures, draw_digit, digit_scans, distort, pad, scenes
+from .pictures import SHAPES, Pictures, digit_scans, distort, draw_digit, pad, scenes
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 DIGITS = [str(digit) for digit in range(10)]
 NOTHING = "nothing"
 # What things are called in a prompt and nowhere else.
-LABELS = (
-    "dax wug blick toma zup fep gorp lum nerk perpo quab rilm sned tiv vosk yad zarn bim crov dree elp fosk glim hask"
-    " ilt jeb kiv lorn mip naz olp prid"
-).split()
-_PLURAL = set("cherry fries glasses grapes headphones jeans pancakes peanuts scissors sunglasses".split()) - {"cherry"}
-_MASS = set("fire honey milk popcorn rice salad spaghetti sushi broccoli chocolate corn meat wine beer coffee".split())
+LABELS = [
+    "dax",
+    "wug",
+    "blick",
+    "toma",
+    "zup",
+    "fep",
+    "gorp",
+    "lum",
+    "nerk",
+    "perpo",
+    "quab",
+    "rilm",
+    "sned",
+    "tiv",
+    "vosk",
+    "yad",
+    "zarn",
+    "bim",
+    "crov",
+    "dree",
+    "elp",
+    "fosk",
+    "glim",
+    "hask",
+    "ilt",
+    "jeb",
+    "kiv",
+    "lorn",
+    "mip",
+    "naz",
+    "olp",
+    "prid",
+]
+_PLURAL = set(
+    ["cherry", "fries", "glasses", "grapes", "headphones", "jeans", "pancakes", "peanuts", "scissors", "sunglasses"]
+) - {"cherry"}
+_MASS = set(
+    [
+        "fire",
+        "honey",
+        "milk",
+        "popcorn",
+        "rice",
+        "salad",
+        "spaghetti",
+        "sushi",
+        "broccoli",
+        "chocolate",
+        "corn",
+        "meat",
+        "wine",
+        "beer",
+        "coffee",
+    ]
+)
 
 NAME = [
     "What is this?",
@@ -95,7 +145,21 @@ def the(noun: str) -> str:
 
 def all_words() -> list[str]:
     """Whatever a row may say, for the tokenizer."""
-    templates = [NAME, DIGIT, IS_IT, PLACE, DIGIT_PLACE, WHERE, LIST, LIST_DIGITS, DRILL, COUNT, COUNT_FILM, FIRST, LAST]
+    templates = [
+        NAME,
+        DIGIT,
+        IS_IT,
+        PLACE,
+        DIGIT_PLACE,
+        WHERE,
+        LIST,
+        LIST_DIGITS,
+        DRILL,
+        COUNT,
+        COUNT_FILM,
+        FIRST,
+        LAST,
+    ]
     templates += [ORDER, NEEDLE, NEEDLE_PILE, DIGIT_NEEDLE, DIGIT_NEEDLE_PILE, SHOT, QUERY, ["Does appear?"]]
     texts = [re.sub(r"{\w+}", "", text) for template in templates for text in template]
     return [*texts, *ORDINALS, *LABELS, *NOUNS, *UNSEEN, NOTHING, "yes", "no", "a", "an", "the"]

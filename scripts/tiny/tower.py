@@ -26,7 +26,7 @@ from longllava_hf.modeling_longllava import pool_patches
 
 from .assets import ARTISTS, HELD_OUT_ARTIST, STAMPS, TEST_FOOTAGE, cut_outs, footage
 from .nouns import NOUNS
-from .pictures import IMAGE_SIZE, SHAPES, Pictures, _premultiplied, crop, digit_scans, draw_digit, pad, paste
+from .pictures import IMAGE_SIZE, SHAPES, Pictures, crop, digit_scans, draw_digit, pad, paste
 
 
 CLASSES = [*NOUNS, *map(str, range(10)), "nothing"]
@@ -52,17 +52,19 @@ def normalize(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 class NamingTower(nn.Module):
-    """
-    The layers of a tower that LongLLaVA reads, and a cosine classifier: two artists' drawings of a thing are to have
-    nearly the same features, as pictures are matched by them.
-    """
+    """The layers of a tower that LongLLaVA reads, and a classifier on what it pools."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         config = CLIPVisionConfig(**{**config.to_dict(), "num_hidden_layers": config.num_hidden_layers - 1})
         self.tower = CLIPVisionModel(config)
-        self.classes = nn.Parameter(torch.randn(len(CLASSES), config.hidden_size))
-        self.scale = nn.Parameter(torch.tensor(math.log(12.0)))
+        # Without what all pictures have in common, which at first is nearly everything.
+        self.norm = nn.BatchNorm1d(config.hidden_size, affine=False)
+        self.classifier = nn.Linear(config.hidden_size, len(CLASSES))
+
+    @property
+    def layers(self) -> nn.Module:
+        return getattr(self.tower, "vision_model", self.tower)  # before Transformers 5.20 one level deeper
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What LongLLaVA pools, `(n, tokens, hidden_size)`: the last states before the final norm."""
@@ -72,13 +74,66 @@ class NamingTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the whole picture `(n, classes)`, and of each pooled patch `(n, tokens, classes)`."""
         tokens = self.features(pixel_values)
-        classes = functional.normalize(self.classes, dim=-1) * self.scale.exp()
-        whole = functional.normalize(tokens.mean(dim=1), dim=-1) @ classes.T
-        return whole, functional.normalize(tokens, dim=-1) @ classes.T
+        tokens = self.norm(tokens.flatten(0, 1)).view_as(tokens)
+        return self.classifier(tokens.mean(dim=1)), self.classifier(tokens)
+
+    @torch.no_grad()
+    def prepare(self, pixel_values: torch.Tensor) -> None:
+        """
+        A good start, from some pictures: patches are embedded by their principal components, each as loud as the others;
+        places are waves. A random start costs a tower this small a good part of its training.
+        """
+        embeddings, config = self.layers.embeddings, self.tower.config
+        size, width = config.patch_size, config.hidden_size
+        patches = functional.unfold(pixel_values, size, stride=size).transpose(1, 2).flatten(0, 1)
+        patches = patches - patches.mean(dim=1, keepdim=True) * 0.5
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+        scale = (values + 0.02 * values[: width // 4].mean()).rsqrt()
+        embeddings.patch_embedding.weight.copy_((vectors * scale).T.reshape(-1, 3, size, size))
+        side = config.image_size // size
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        rates = math.pi / side * 2.0 ** (torch.arange(width // 4) / (width // 4) * math.log2(side))
+        waves = [f(p.flatten()[:, None] * rates) for p in (x, y) for f in (torch.sin, torch.cos)]
+        embeddings.position_embedding.weight[1:] = torch.cat(waves, dim=1)
 
 
-def training_batch(pictures: Pictures, step: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch `step`, always the same."""
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose matrices are made orthogonal (Jordan et al., 2024), in float32 and all of one shape at once: PyTorch's own
+    works in bfloat16, which most CPUs only emulate.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02, iterations: int = 4):
+        super().__init__(params, {"lr": lr})
+        self.momentum, self.weight_decay, self.iterations = momentum, weight_decay, iterations
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    state = self.state[p]
+                    state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
+                update = torch.stack([p.grad.lerp(self.state[p]["momentum"], self.momentum) for p in params])
+                update = update if shape[0] <= shape[1] else update.mT
+                update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(self.iterations):
+                    square = update @ update.mT
+                    update = 3.4445 * update + (-4.775 * square + 2.0315 * square @ square) @ update
+                update = update if shape[0] <= shape[1] else update.mT
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                for p, change in zip(params, update):
+                    p.mul_(1 - group["lr"] * self.weight_decay).add_(change, alpha=-group["lr"] * scale)
+
+
+def training_batch(
+    pictures: Pictures, step: int, size: int, seed: int, ease: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch `step`, always the same; with `ease`, that part of it large, on plain backgrounds, and as their artists drew them."""
     rng = random.Random(f"tower-{seed}-{step}")
     images, labels = [], []
     for _ in range(size):
@@ -89,7 +144,7 @@ def training_batch(pictures: Pictures, step: int, size: int, seed: int) -> tuple
             name, image = "nothing", pad(pictures.background(rng.choice(SHAPES), rng))
         else:
             name = rng.choice(NOUNS)
-            image = pictures.object(name, rng)
+            image = pictures.object(name, rng, easy=rng.random() < ease)
         images.append(image)
         labels.append(CLASSES.index(name))
     pixels = normalize(images)
@@ -105,7 +160,7 @@ def test_pictures(seed: int = 1, cases: int = 400) -> dict[str, tuple[torch.Tens
     for name, artists in (("trained", ARTISTS), ("held-out artist", [HELD_OUT_ARTIST]), ("photographs", [STAMPS])):
         images, labels = [], []
         for _ in range(cases):
-            bank = _premultiplied(rng.choice(artists), "own")
+            bank = cut_outs(rng.choice(artists))
             noun = rng.choice([noun for noun in NOUNS if noun in bank])
             images.append(pad(paste(crop(rng.choice(frames), rng.choice(SHAPES), rng), rng.choice(bank[noun]), rng)))
             labels.append(CLASSES.index(noun))
@@ -123,35 +178,43 @@ def measure(model: NamingTower, tests: dict) -> dict[str, float]:
     model.eval()
     result = {}
     for name, (pixels, labels) in tests.items():
-        right = [(model(p)[0].argmax(-1) == l).float().mean().item() * len(l) for p, l in zip(pixels.split(100), labels.split(100))]
-        result[name] = round(sum(right) / len(labels), 4)
+        pairs = zip(pixels.split(100), labels.split(100))
+        right = sum((model(some)[0].argmax(-1) == wanted).sum().item() for some, wanted in pairs)
+        result[name] = round(right / len(labels), 4)
     model.train()
     return result
 
 
-def train(output: Path, config: CLIPVisionConfig, steps: int, batch: int, learning_rate: float, seed: int) -> None:
+def train(
+    output: Path, config: CLIPVisionConfig, steps: int, batch: int, muon_rate: float, learning_rate: float, seed: int
+) -> None:
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = NamingTower(config)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=learning_rate, betas=(0.9, 0.98),
-    )
+    # Muon for the layers' matrices: it needs far fewer pictures than AdamW.
+    matrices = [p for p in model.layers.encoder.parameters() if p.ndim == 2] if muon_rate else []
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.02)]
+    if muon_rate:
+        optimizers.append(Muon(matrices, muon_rate))
     pictures, tests, first, spent = Pictures(NOUNS), test_pictures(), 0, 0.0
     state_file = output / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         first, spent = state["step"], state["seconds"]
+    else:
+        model.prepare(training_batch(pictures, 0, 512, seed + 1)[0])
     started, losses = time.process_time() - spent, []
     for step in range(first, steps):
         rate = min(1, (step + 1) / (0.04 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
-        pixels, labels = training_batch(pictures, step, batch, seed)
+        for optimizer, highest in zip(optimizers, (learning_rate, muon_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = highest * rate
+        pixels, labels = training_batch(pictures, step, batch, seed, ease=1 - 4 * step / steps)
         whole, tokens = model(pixels)
         loss = functional.cross_entropy(whole, labels, label_smoothing=0.05)
         each = functional.cross_entropy(
@@ -159,18 +222,23 @@ def train(output: Path, config: CLIPVisionConfig, steps: int, batch: int, learni
         )
         (loss + 0.3 * each).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append((loss.item(), each.item()))
         if (step + 1) % 250 == 0 or step + 1 == steps:
             minutes = (time.process_time() - started) / 60
-            line = {"step": step + 1, "cpu_minutes": round(minutes, 2), "loss": np.mean(losses, axis=0).round(3).tolist()}
+            line = {
+                "step": step + 1,
+                "cpu_minutes": round(minutes, 2),
+                "loss": np.mean(losses, axis=0).round(3).tolist(),
+            }
             losses = []
             line |= measure(model, tests)
             print(json.dumps(line), flush=True)
             with open(output / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             torch.save({**state, "step": step + 1, "seconds": 60 * minutes}, output / "state.pt.new")
             (output / "state.pt.new").replace(state_file)
     model.tower.save_pretrained(output)
@@ -181,12 +249,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     for name in ("hidden_size", "intermediate_size", "layers", "heads", "patch_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
-    named = {name: arguments.pop(name) for name in ("output", "steps", "batch", "learning_rate", "seed")}
+    named = {name: arguments.pop(name) for name in ("output", "steps", "batch", "muon_rate", "learning_rate", "seed")}
     train(config=tower_config(**arguments), **named)
 
 

@@ -1,0 +1,168 @@
+# Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+One stage of the small checkpoint's training in a plain loop: what `longllava train` does with the same rows, on one
+thread, and the decoder's own training on words, which comes before LongLLaVA's stages as the tower's does.
+
+    python -m tiny.prototype text --output decoder --tower tower
+    python -m tiny.prototype multi_image --start decoder --output trained
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from . import tasks
+from .model import build_model_and_processor
+from .tower import normalize
+
+
+def encode(row: dict, tokenizer, image_seq_length: int) -> tuple[list[int], list[int], list[np.ndarray]]:
+    """
+    Ids, labels and pictures of a row, as the processor and the authors' labels have them. Unlike the processor it takes
+    tags that stand in a text, as the rows of `text` have them.
+    """
+    picture = f"<img>{'<image>' * image_seq_length}</img>"
+    images, videos, pictures = iter(row["images"]), iter(row["videos"]), []
+    ids, labels = [], []
+
+    def add(text: str, learned: bool = False) -> None:
+        some = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids.extend(some)
+        labels.extend(some if learned else [-100] * len(some))
+
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    for message in row["messages"]:
+        if message["role"] == "assistant":
+            add(f"{bos}<|Assistant|>\n")
+            add(message["content"][0]["text"], learned=True)
+            ids.extend(tokenizer("\n", add_special_tokens=False)["input_ids"])
+            labels.append(tokenizer.eos_token_id)  # the label of the line break, too
+            continue
+        text, blocks = f"{bos}<|User|>\n", message["content"]
+        for block in blocks:
+            end = "" if block is blocks[-1] else "\n"
+            if block["type"] == "image":
+                pictures.append(np.asarray(next(images)))
+                text += picture + end
+            elif block["type"] == "video":
+                frames = next(videos)
+                pictures.extend(map(np.asarray, frames))
+                text += f"<vid>{'<t>'.join([picture] * len(frames))}</vid>" + end
+            else:
+                text += block["text"]
+        add(text + "\n")
+    ids[-1] = tokenizer.convert_tokens_to_ids(eos)
+    return ids, labels, pictures
+
+
+def bins(dataset, first: int, tokenizer, image_seq_length: int, budget: int):
+    """Rows in their order, packed to `budget` tokens: the number of rows so far, and the model's inputs."""
+    waiting: list = []
+    for index in range(first, len(dataset)):
+        encoded = encode(dataset[index], tokenizer, image_seq_length)
+        if waiting and sum(len(ids) for ids, _, _ in waiting) + len(encoded[0]) > budget:
+            yield index, collate(waiting)
+            waiting = []
+        waiting.append(encoded)
+
+
+def collate(encoded: list) -> dict[str, torch.Tensor]:
+    batch = {
+        "input_ids": torch.tensor([[i for ids, _, _ in encoded for i in ids]]),
+        "labels": torch.tensor([[i for _, labels, _ in encoded for i in labels]]),
+        "position_ids": torch.tensor([[i for ids, _, _ in encoded for i in range(len(ids))]]),
+    }
+    pictures = [picture for _, _, some in encoded for picture in some]
+    if pictures:
+        batch["pixel_values"] = normalize(pictures)
+    return batch
+
+
+def train(stage: str, start: Path | None, tower: Path | None, output: Path, rows: int, **options) -> None:
+    torch.manual_seed(options["seed"])
+    kwargs = {"longest": options["longest"], "start": options["progress"], "seed": options["seed"]}
+    dataset = getattr(tasks, stage)(rows, **kwargs)
+    if start is None:
+        model, processor = build_model_and_processor(tower)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(start)
+        processor = AutoProcessor.from_pretrained(start)
+        if tower is not None:
+            trained = build_model_and_processor(tower)[0].model.vision_tower
+            model.model.vision_tower.load_state_dict(trained.state_dict())
+    model.config.text_config.output_router_logits = True
+    model.model.vision_tower.requires_grad_(False)
+    if stage == "align":
+        model.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    highest = options["learning_rate"]
+    optimizer = torch.optim.AdamW(learned, lr=highest, betas=(0.9, 0.98), weight_decay=0.05)
+    tokenizer, length = processor.tokenizer, processor.image_processor.image_seq_length
+    output.mkdir(parents=True, exist_ok=True)
+    started, step, tokens, pictures, losses, right = time.process_time(), 0, 0, 0, [], []
+    model.train()
+    for done, batch in bins(dataset, 0, tokenizer, length, options["budget"]):
+        step += 1
+        rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / rows)))
+        for group in optimizer.param_groups:
+            group["lr"] = highest * rate
+        result = model(**batch)
+        result.loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        labels = batch["labels"][0, 1:]
+        said = labels != -100
+        right.append((result.logits[0, :-1].argmax(-1)[said] == labels[said]).float().mean().item())
+        losses.append(result.loss.item())
+        tokens += batch["input_ids"].shape[1]
+        pictures += len(batch.get("pixel_values", ()))
+        if step % options["log"] == 0:
+            minutes = (time.process_time() - started) / 60
+            line = {"stage": stage, "step": step, "rows": done, "cpu_minutes": round(minutes, 2), "tokens": tokens}
+            line |= {
+                "pictures": pictures,
+                "loss": round(float(np.mean(losses)), 4),
+                "right": round(float(np.mean(right)), 4),
+            }
+            losses, right = [], []
+            print(json.dumps(line), flush=True)
+            with open(output / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            if step % (5 * options["log"]) == 0:
+                save(model, processor, output)
+    save(model, processor, output)
+
+
+def save(model, processor, output: Path) -> None:
+    model.config.text_config.output_router_logits = False
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    model.config.text_config.output_router_logits = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["text", "align", "single_image", "multi_image"])
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--tower", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=10000)
+    parser.add_argument("--budget", type=int, default=1536, help="tokens of a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--longest", type=int, default=64, help="frames of the longest film")
+    parser.add_argument("--progress", type=float, default=0.0, help="of the curriculum at the first row")
+    parser.add_argument("--log", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    train(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
