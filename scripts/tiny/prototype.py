@@ -106,10 +106,10 @@ def train(stage: str, start: Path | None, tower: Path | None, output: Path, rows
     optimizer = torch.optim.AdamW(learned, lr=highest, betas=(0.9, 0.98), weight_decay=0.05)
     tokenizer, length = processor.tokenizer, processor.image_processor.image_seq_length
     output.mkdir(parents=True, exist_ok=True)
-    started, step, tokens, pictures, losses, right = time.process_time(), 0, 0, 0, [], []
+    started, tokens, pictures, losses, right = time.process_time(), 0, 0, [], []
     model.train()
-    for done, batch in bins(dataset, 0, tokenizer, length, options["budget"]):
-        step += 1
+    packed = bins(dataset, 0, tokenizer, length, options["budget"])
+    for step, (done, batch) in enumerate(packed, 1):
         rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / rows)))
         for group in optimizer.param_groups:
             group["lr"] = highest * rate

@@ -28,61 +28,14 @@ ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 DIGITS = [str(digit) for digit in range(10)]
 NOTHING = "nothing"
 # What things are called in a prompt and nowhere else.
-LABELS = [
-    "dax",
-    "wug",
-    "blick",
-    "toma",
-    "zup",
-    "fep",
-    "gorp",
-    "lum",
-    "nerk",
-    "perpo",
-    "quab",
-    "rilm",
-    "sned",
-    "tiv",
-    "vosk",
-    "yad",
-    "zarn",
-    "bim",
-    "crov",
-    "dree",
-    "elp",
-    "fosk",
-    "glim",
-    "hask",
-    "ilt",
-    "jeb",
-    "kiv",
-    "lorn",
-    "mip",
-    "naz",
-    "olp",
-    "prid",
-]
-_PLURAL = set(
-    ["cherry", "fries", "glasses", "grapes", "headphones", "jeans", "pancakes", "peanuts", "scissors", "sunglasses"]
-) - {"cherry"}
-_MASS = set(
-    [
-        "fire",
-        "honey",
-        "milk",
-        "popcorn",
-        "rice",
-        "salad",
-        "spaghetti",
-        "sushi",
-        "broccoli",
-        "chocolate",
-        "corn",
-        "meat",
-        "wine",
-        "beer",
-        "coffee",
-    ]
+LABELS = (  # noqa: SIM905
+    "dax wug blick toma zup fep gorp lum nerk perpo quab rilm sned tiv vosk yad zarn bim crov dree elp fosk glim hask"
+    " ilt jeb kiv lorn mip naz olp prid"
+).split()
+# Words without "a".
+_BARE = set(
+    "beer broccoli chocolate coffee corn fire fries glasses grapes headphones honey jeans meat milk pancakes peanuts"  # noqa: SIM905
+    " popcorn rice salad scissors spaghetti sunglasses sushi wine".split()
 )
 
 NAME = [
@@ -134,7 +87,7 @@ QUERY = ["What is this called?", "What is this one called?", "And what is this c
 
 
 def with_article(noun: str) -> str:
-    if noun in _PLURAL or noun in _MASS or noun.isdigit():
+    if noun in _BARE or noun.isdigit():
         return noun
     return ("an " if noun[0] in "aeiou" and noun != "unicorn" else "a ") + noun
 
@@ -418,9 +371,9 @@ class Stage:
 
         content: list[dict] = []
         for name in shown:
-            content += picture(name) + [{"type": "text", "text": statement.format(label=labels[name]) + "\n"}]
+            content += [*picture(name), {"type": "text", "text": statement.format(label=labels[name]) + "\n"}]
         for name in queries:
-            content += picture(name) + [{"type": "text", "text": question}]
+            content += [*picture(name), {"type": "text", "text": question}]
             row["messages"].append({"role": "user", "content": content})
             row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": labels[name]}]})
             content = []

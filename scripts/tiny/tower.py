@@ -2,7 +2,7 @@
 """
 The vision tower of the small checkpoint, in the place of a published CLIP: taught to name what is pasted on a picture.
 
-    python -m tiny.tower --output tower --steps 6000
+    python -m tiny.tower --output tower
 
 It learns by classification (the nouns, the ten digits, nothing), from the hidden states that LongLLaVA reads: each pooled
 patch says what is in the picture, and so does their mean. It stops and resumes at any step: `--output` holds the weights,
@@ -214,7 +214,7 @@ def train(
         for optimizer, highest in zip(optimizers, (learning_rate, muon_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = highest * rate
-        pixels, labels = training_batch(pictures, step, batch, seed, ease=1 - 4 * step / steps)
+        pixels, labels = training_batch(pictures, step, batch, seed, ease=1 - 2.5 * step / steps)
         whole, tokens = model(pixels)
         loss = functional.cross_entropy(whole, labels, label_smoothing=0.05)
         each = functional.cross_entropy(
@@ -226,7 +226,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         losses.append((loss.item(), each.item()))
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             minutes = (time.process_time() - started) / 60
             line = {
                 "step": step + 1,
@@ -247,10 +247,10 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     for name in ("hidden_size", "intermediate_size", "layers", "heads", "patch_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
