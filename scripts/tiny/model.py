@@ -91,8 +91,11 @@ def build_model_and_processor(
             "router_aux_loss_coef": 0.01,
             "output_router_logits": True,
             "max_position_embeddings": 65536,
+            "tie_word_embeddings": True,
             **text_config,
         },
+        # A name that is read and a name that is said are one: most answers repeat something.
+        tie_word_embeddings=True,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     image_processor = LongLLaVAImageProcessor(
@@ -104,8 +107,14 @@ def build_model_and_processor(
     if tower is not None:
         model.model.vision_tower.load_state_dict(trained.state_dict(), strict=False)
     with torch.no_grad():
-        # Pictures no louder than words: what the first layers add to them, their places, must be heard.
-        model.model.multi_modal_projector.linear_2.weight.mul_(0.2)
+        # Words loud and layers quiet, so that at first what is read passes through all layers unharmed; pictures no louder
+        # than words.
+        model.get_input_embeddings().weight.mul_(4)
+        for name, parameter in model.model.language_model.named_parameters():
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                parameter.mul_(0.2)
+        model.model.language_model.final_layernorm.weight.fill_(0.25)
+        model.model.multi_modal_projector.linear_2.weight.mul_(0.4)
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 16
     return model, LongLLaVAProcessor(image_processor, tokenizer)

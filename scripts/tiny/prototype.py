@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import tasks
 from .model import build_model_and_processor
-from .tower import normalize
+from .tower import Muon, normalize
 
 
 def encode(row: dict, tokenizer, image_seq_length: int) -> tuple[list[int], list[int], list[np.ndarray]]:
@@ -103,7 +103,15 @@ def train(stage: str, start: Path | None, tower: Path | None, output: Path, rows
         model.model.multi_modal_projector.requires_grad_(True)
     learned = [p for p in model.parameters() if p.requires_grad]
     highest = options["learning_rate"]
-    optimizer = torch.optim.AdamW(learned, lr=highest, betas=(0.9, 0.98), weight_decay=0.05)
+    matrices = ("in_proj.weight", "out_proj.weight", "gate_up_proj.weight", "gate_proj.weight", "up_proj.weight")
+    matrices += ("down_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+    names = {p: name for name, p in model.named_parameters()}
+    orthogonal = [p for p in learned if options["muon_rate"] and names[p].endswith(matrices)]
+    known = {id(p) for p in orthogonal}
+    rest = [p for p in learned if id(p) not in known]
+    optimizers = [(highest, torch.optim.AdamW(rest, lr=highest, betas=(0.9, 0.98), weight_decay=0.05))]
+    if orthogonal:
+        optimizers.append((options["muon_rate"], Muon(orthogonal, options["muon_rate"])))
     tokenizer, length = processor.tokenizer, processor.image_processor.image_seq_length
     output.mkdir(parents=True, exist_ok=True)
     started, tokens, pictures, losses, right = time.process_time(), 0, 0, [], []
@@ -111,13 +119,15 @@ def train(stage: str, start: Path | None, tower: Path | None, output: Path, rows
     packed = bins(dataset, 0, tokenizer, length, options["budget"])
     for step, (done, batch) in enumerate(packed, 1):
         rate = min(1.0, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / rows)))
-        for group in optimizer.param_groups:
-            group["lr"] = highest * rate
+        for most, optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = most * rate
         result = model(**batch)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for _, optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         labels = batch["labels"][0, 1:]
         said = labels != -100
         right.append((result.logits[0, :-1].argmax(-1)[said] == labels[said]).float().mean().item())
@@ -157,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10000)
     parser.add_argument("--budget", type=int, default=1536, help="tokens of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--muon-rate", type=float, default=0.0, help="for the decoder's matrices; 0: AdamW for all")
     parser.add_argument("--longest", type=int, default=64, help="frames of the longest film")
     parser.add_argument("--progress", type=float, default=0.0, help="of the curriculum at the first row")
     parser.add_argument("--log", type=int, default=50)

@@ -170,7 +170,10 @@ class Stage:
     def row(self, rng: random.Random, progress: float) -> dict:
         stage, words = self.stage, False
         if stage == "text":
-            stage, words = rng.choice(["multi_image"] * 7 + ["single_image"]), True
+            # One picture is read before several are told apart, and that before anything is counted or compared.
+            easy = max(0.1, 1 - 8 * progress)
+            stage, words = "single_image" if rng.random() < easy else "multi_image", True
+            progress = max(0.0, (progress - 0.06) / 0.94)
         elif stage in ("single_image", "multi_image") and rng.random() < self.replay:
             if stage == "multi_image" and rng.random() < 0.5:
                 stage = "single_image"
@@ -181,7 +184,7 @@ class Stage:
         if stage == "single_image":
             return self.build(self.single(rng, words), rng)
         kinds = ["series", "series", "needle", "count", "order", "shots", "shots"]
-        kind = rng.choice(kinds)
+        kind = rng.choice(kinds[: 3 if progress < 0.12 else 5 if progress < 0.22 else 7])
         if kind == "shots":
             return self.shots(rng, words, progress)
         return self.build(getattr(self, kind)(rng, words, progress), rng)
