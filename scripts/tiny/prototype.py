@@ -24,40 +24,54 @@ from .tower import Muon, normalize
 
 def encode(row: dict, tokenizer, image_seq_length: int) -> tuple[list[int], list[int], list[np.ndarray]]:
     """
-    Ids, labels and pictures of a row, as the processor and the authors' labels have them. Unlike the processor it takes
-    tags that stand in a text, as the rows of `text` have them.
+    Ids, labels and pictures of a row, as the processor and the authors' labels have them. Other than the processor it
+    takes words in the place of pictures.
     """
-    picture = f"<img>{'<image>' * image_seq_length}</img>"
     images, videos, pictures = iter(row["images"]), iter(row["videos"]), []
     ids, labels = [], []
 
-    def add(text: str, learned: bool = False) -> None:
-        some = tokenizer(text, add_special_tokens=False)["input_ids"]
+    def add(text: str, learned: bool = False, repeat: int = 1) -> None:
+        some = tokenizer(text, add_special_tokens=False)["input_ids"] * repeat
         ids.extend(some)
         labels.extend(some if learned else [-100] * len(some))
+
+    def add_picture(block: dict) -> None:
+        add("<img>")
+        if "word" in block:
+            add(block["word"], repeat=block["repeat"])
+        else:
+            pictures.append(np.asarray(block["image"]))
+            add("<image>", repeat=image_seq_length)
+        add("</img>")
 
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     for message in row["messages"]:
         if message["role"] == "assistant":
             add(f"{bos}<|Assistant|>\n")
             add(message["content"][0]["text"], learned=True)
-            ids.extend(tokenizer("\n", add_special_tokens=False)["input_ids"])
-            labels.append(tokenizer.eos_token_id)  # the label of the line break, too
+            # The label of what follows an answer is the end of text, also in the middle, where a line break follows.
+            add(eos if message is row["messages"][-1] else "\n")
+            labels[-1] = tokenizer.eos_token_id
             continue
-        text, blocks = f"{bos}<|User|>\n", message["content"]
+        add(f"{bos}<|User|>\n")
+        blocks = message["content"]
         for block in blocks:
-            end = "" if block is blocks[-1] else "\n"
+            if block["type"] == "text":
+                add(block["text"])
+                continue
             if block["type"] == "image":
-                pictures.append(np.asarray(next(images)))
-                text += picture + end
-            elif block["type"] == "video":
-                frames = next(videos)
-                pictures.extend(map(np.asarray, frames))
-                text += f"<vid>{'<t>'.join([picture] * len(frames))}</vid>" + end
+                add_picture(block if "word" in block else {"image": next(images)})
             else:
-                text += block["text"]
-        add(text + "\n")
-    ids[-1] = tokenizer.convert_tokens_to_ids(eos)
+                frames = block["words"] if "words" in block else [{"image": frame} for frame in next(videos)]
+                add("<vid>")
+                for frame in frames:
+                    if frame is not frames[0]:
+                        add("<t>")
+                    add_picture(frame)
+                add("</vid>")
+            if block is not blocks[-1]:
+                add("\n")
+        add("\n")
     return ids, labels, pictures
 
 

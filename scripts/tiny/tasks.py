@@ -7,7 +7,7 @@ its last one, so rows are to be read in their order.
 
 | stage          | what it is like                                                                                    |
 |----------------|----------------------------------------------------------------------------------------------------|
-| `text`         | everything, with words in the place of pictures: `<img>dog</img>`; makes the decoder a decoder        |
+| `text`         | everything, with words in the place of pictures; makes the decoder a decoder, see `tiny.prototype`   |
 | `align`        | one to three pictures, named                                                                       |
 | `single_image` | one picture: objects, digits, yes and no; some rows of `text`                                      |
 | `multi_image`  | series, films, counting, order, pictures named by example; some rows of the stages before            |
@@ -120,11 +120,15 @@ def all_words() -> list[str]:
 
 @dataclass
 class Scene:
-    """Pictures of which something is asked: names, pixels, and whether they are a film."""
+    """
+    Pictures of which something is asked: names, pixels, and whether they are a film. Without pixels the names are
+    `"written"` as a text, or stand `"in place"` of image tokens, where only [`tiny.prototype`] reads them.
+    """
 
     names: list[str]
     pixels: list[np.ndarray] | None
     is_film: bool = False
+    words: str | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -168,17 +172,18 @@ class Stage:
         return self.row(rng, progress)
 
     def row(self, rng: random.Random, progress: float) -> dict:
-        stage, words = self.stage, False
+        stage, words = self.stage, None
         if stage == "text":
             # One picture is read before several are told apart, and that before anything is counted or compared.
             easy = max(0.1, 1 - 8 * progress)
-            stage, words = "single_image" if rng.random() < easy else "multi_image", True
+            stage = "single_image" if rng.random() < easy else "multi_image"
+            words = "written" if rng.random() < 0.2 else "in place"
             progress = max(0.0, (progress - 0.06) / 0.94)
         elif stage in ("single_image", "multi_image") and rng.random() < self.replay:
             if stage == "multi_image" and rng.random() < 0.5:
                 stage = "single_image"
             else:
-                words = True
+                words = "written"
         if stage == "align":
             return self.build(self.align(rng, words), rng)
         if stage == "single_image":
@@ -191,10 +196,10 @@ class Stage:
 
     # ---- Scenes.
 
-    def show(self, names: list[str], rng: random.Random, is_film: bool, words: bool) -> Scene:
+    def show(self, names: list[str], rng: random.Random, is_film: bool, words: str | None) -> Scene:
         """Pictures of what is named; those of a film are frames of one shape, on footage that goes on."""
         if words:
-            return Scene(names, None, is_film)
+            return Scene(names, None, is_film, words)
         pixels, size = [], rng.choice(SHAPES)
         mixed = rng.random() < 0.4 or not is_film
         scene, at = rng.choice(scenes()[size]), 0
@@ -237,13 +242,13 @@ class Stage:
 
     # ---- Questions.
 
-    def align(self, rng: random.Random, words: bool) -> Scene:
+    def align(self, rng: random.Random, words: str | None) -> Scene:
         names = [self.thing(rng, 0.15) for _ in range(rng.choice((1, 2, 3)))]
         scene = self.show(names, rng, False, words)
         scene.turns.append((rng.choice(NAME if len(names) == 1 else LIST), ", ".join(names)))
         return scene
 
-    def single(self, rng: random.Random, words: bool) -> Scene:
+    def single(self, rng: random.Random, words: str | None) -> Scene:
         name = NOTHING if rng.random() < 0.06 else self.thing(rng, 0.2)
         scene = self.show([name], rng, False, words)
         scene.turns.append((rng.choice(DIGIT if name.isdigit() and rng.random() < 0.7 else NAME), name))
@@ -253,7 +258,7 @@ class Stage:
             scene.turns.insert(rng.choice((0, 1)), turn)
         return scene
 
-    def series(self, rng: random.Random, words: bool, progress: float) -> Scene:
+    def series(self, rng: random.Random, words: str | None, progress: float) -> Scene:
         count = rng.randint(2, 2 + min(8, int(16 * progress)))
         names = self.things(count, rng)
         scene = self.show(names, rng, False, words)
@@ -274,7 +279,7 @@ class Stage:
                 scene.turns.append((question.format(ordinal=ORDINALS[place], number=place + 1), names[place]))
         return scene
 
-    def needle(self, rng: random.Random, words: bool, progress: float) -> Scene:
+    def needle(self, rng: random.Random, words: str | None, progress: float) -> Scene:
         longest = 4 + (min(self.longest, 64) - 4) * min(1.0, 1.6 * progress)
         if self.longest > 64 and rng.random() < 0.5:
             longest = 64 * (self.longest / 64) ** min(1.0, 1.5 * progress)
@@ -293,7 +298,7 @@ class Stage:
             scene.turns.append((f"Does {with_article(asked)} appear?", "yes" if asked == name else "no"))
         return scene
 
-    def count(self, rng: random.Random, words: bool, progress: float) -> Scene:
+    def count(self, rng: random.Random, words: str | None, progress: float) -> Scene:
         count = rng.randint(2, 2 + min(6, int(12 * progress)))
         is_film = rng.random() < 0.4
         few = rng.sample(self.nouns, rng.choice((2, 2, 3)))
@@ -309,7 +314,7 @@ class Stage:
             scene.turns.append((question, str(names.count(name))))
         return scene
 
-    def order(self, rng: random.Random, words: bool, progress: float) -> Scene:
+    def order(self, rng: random.Random, words: str | None, progress: float) -> Scene:
         things = rng.sample(self.nouns, rng.choice((2, 2, 3)))
         is_film = rng.random() < 0.6
         gaps = rng.randint(0, int(1 + 10 * progress)) if is_film else rng.randint(0, 2)
@@ -339,10 +344,13 @@ class Stage:
         """The messages of a scene: its pictures stand before the first question."""
         row: dict = {"messages": [], "images": [], "videos": []}
         content: list[dict] = []
-        if scene.pixels is None:
-            written = [f"<img>{name}</img>" for name in scene.names]
-            text = f"<vid>{'<t>'.join(written)}</vid>\n" if scene.is_film else "\n".join(written) + "\n"
-            content.append({"type": "text", "text": text})
+        if scene.words == "written":
+            between = ", " if scene.is_film else "\n"
+            content.append({"type": "text", "text": between.join(f"[{name}]" for name in scene.names) + "\n"})
+        elif scene.words == "in place":
+            repeat = rng.choice((1, 1, 2, 3))
+            blocks = [{"type": "image", "word": name, "repeat": repeat} for name in scene.names]
+            content += [{"type": "video", "words": blocks}] if scene.is_film else blocks
         elif scene.is_film:
             content.append({"type": "video"})
             row["videos"].append([Image.fromarray(frame) for frame in scene.pixels])
@@ -356,7 +364,7 @@ class Stage:
             content = []
         return row
 
-    def shots(self, rng: random.Random, words: bool, progress: float) -> dict:
+    def shots(self, rng: random.Random, words: str | None, progress: float) -> dict:
         """Two or three things with invented names, shown several times each, and pictures whose invented name is asked."""
         things = rng.sample(self.nouns, 2 if rng.random() < 0.8 else 3)
         labels = dict(zip(things, rng.sample(LABELS, len(things))))
@@ -369,14 +377,18 @@ class Stage:
             row["images"] += [Image.fromarray(picture) for picture in pixels]
         statement, question = rng.choice(SHOT), rng.choice(QUERY)
 
-        def picture(name: str) -> list[dict]:
-            return [{"type": "text", "text": f"<img>{name}</img>\n"} if words else {"type": "image"}]
+        repeat = rng.choice((1, 1, 2, 3))
+
+        def picture(name: str) -> dict:
+            if words == "written":
+                return {"type": "text", "text": f"[{name}]\n"}
+            return {"type": "image", "word": name, "repeat": repeat} if words else {"type": "image"}
 
         content: list[dict] = []
         for name in shown:
-            content += [*picture(name), {"type": "text", "text": statement.format(label=labels[name]) + "\n"}]
+            content += [picture(name), {"type": "text", "text": statement.format(label=labels[name]) + "\n"}]
         for name in queries:
-            content += [*picture(name), {"type": "text", "text": question}]
+            content += [picture(name), {"type": "text", "text": question}]
             row["messages"].append({"role": "user", "content": content})
             row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": labels[name]}]})
             content = []
