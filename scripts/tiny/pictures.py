@@ -185,20 +185,14 @@ class Pictures:
         self, noun: str, rng: random.Random, background: np.ndarray | None = None, easy: bool = False
     ) -> np.ndarray:
         """
-        A picture of a noun `(IMAGE_SIZE, IMAGE_SIZE, 3)`, on a background of any shape or of its own.
+        A noun on a background `(height, width, 3)` of any size; by default one of the shapes of [`SHAPES`].
 
         Args:
-            easy (`bool`, defaults to `False`): large, in a square, as the artist drew it, on a plain background.
+            easy (`bool`, defaults to `False`): as the artist drew it, large, and nothing behind it.
         """
         drawings = cut_outs(rng.choice(self.by_noun[noun]), "own" if easy else rng.choice(STYLES))[noun]
-        if easy:
-            background = plain((IMAGE_SIZE, IMAGE_SIZE), rng)
-        elif background is None:
+        if background is None:
             background = self.background(rng.choice(SHAPES), rng)
-        return pad(paste(background, rng.choice(drawings), rng, (0.85, 1.0) if easy else (0.6, 1.0)))
-
-    def digit(self, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[str, np.ndarray]:
-        scans, digits = digit_scans()["train"]
-        index = rng.randrange(len(digits))
-        scan = scans[index] if rng.random() < 0.1 else distort(scans[index], rng)
-        return str(digits[index]), pad(draw_digit(scan, size or rng.choice(SHAPES)))
+        if easy:
+            background = plain(background.shape[1::-1], rng)
+        return paste(background, rng.choice(drawings), rng, (0.85, 1.0) if easy else (0.6, 1.0))

@@ -219,7 +219,7 @@ class Stage:
             elif name.isdigit():
                 pixels.append(self.digit(name, rng, size if is_film else rng.choice(SHAPES)))
             else:
-                pixels.append(self.pictures.object(name, rng, background))
+                pixels.append(pad(self.pictures.object(name, rng, background)))
         return Scene(names, pixels, is_film)
 
     def digit(self, name: str, rng: random.Random, size: tuple[int, int]) -> np.ndarray:

@@ -26,7 +26,7 @@ from longllava_hf.modeling_longllava import pool_patches
 
 from .assets import ARTISTS, HELD_OUT_ARTIST, STAMPS, TEST_FOOTAGE, cut_outs, footage
 from .nouns import NOUNS
-from .pictures import IMAGE_SIZE, SHAPES, Pictures, crop, digit_scans, draw_digit, pad, paste
+from .pictures import IMAGE_SIZE, SHAPES, Pictures, crop, digit_scans, distort, draw_digit, pad, paste
 
 
 CLASSES = [*NOUNS, *map(str, range(10)), "nothing"]
@@ -51,6 +51,10 @@ def normalize(pictures: list[np.ndarray]) -> torch.Tensor:
     return (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
+# Side of a window of a picture.
+WINDOW = 64
+
+
 class NamingTower(nn.Module):
     """The layers of a tower that LongLLaVA reads, and a classifier on what it pools."""
 
@@ -66,14 +70,29 @@ class NamingTower(nn.Module):
     def layers(self) -> nn.Module:
         return getattr(self.tower, "vision_model", self.tower)  # before Transformers 5.20 one level deeper
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What LongLLaVA pools, `(n, tokens, hidden_size)`: the last states before the final norm."""
-        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return pool_patches(hidden, "2d")
+    def features(self, pixel_values: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        What LongLLaVA pools, `(n, tokens, hidden_size)`: the last states before the final norm.
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, 3, height, width)`): whole pictures, or windows of them.
+            places (`torch.Tensor` of shape `(patches,)`, *optional*): of a window's patches in a whole picture.
+        """
+        if places is None:
+            hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+            return pool_patches(hidden, "2d")
+        embeddings = self.layers.embeddings
+        hidden = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        first = embeddings.class_embedding.expand(len(hidden), 1, -1)
+        positions = embeddings.position_embedding(torch.cat([torch.zeros(1, dtype=torch.long), places + 1]))
+        hidden = self.layers.pre_layrnorm(torch.cat([first, hidden], dim=1) + positions)
+        return pool_patches(self.layers.encoder(inputs_embeds=hidden).last_hidden_state[:, 1:], "2d")
+
+    def forward(
+        self, pixel_values: torch.Tensor, places: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the whole picture `(n, classes)`, and of each pooled patch `(n, tokens, classes)`."""
-        tokens = self.features(pixel_values)
+        tokens = self.features(pixel_values, places)
         tokens = self.norm(tokens.flatten(0, 1)).view_as(tokens)
         return self.classifier(tokens.mean(dim=1)), self.classifier(tokens)
 
@@ -96,6 +115,11 @@ class NamingTower(nn.Module):
         rates = math.pi / side * 2.0 ** (torch.arange(width // 4) / (width // 4) * math.log2(side))
         waves = [f(p.flatten()[:, None] * rates) for p in (x, y) for f in (torch.sin, torch.cos)]
         embeddings.position_embedding.weight[1:] = torch.cat(waves, dim=1)
+        for layer in self.layers.encoder.layers:
+            # A patch looks at what resembles it, so at its neighbours first (Trockman and Kolter, 2023).
+            attention = layer.self_attn
+            nn.init.normal_(attention.q_proj.weight, std=0.7 * width**-0.5)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
 class Muon(torch.optim.Optimizer):
@@ -131,21 +155,34 @@ class Muon(torch.optim.Optimizer):
 
 
 def training_batch(
-    pictures: Pictures, step: int, size: int, seed: int, ease: float = 0.0
+    pictures: Pictures, step: int, size: int, seed: int, ease: float = 0.0, window: int = IMAGE_SIZE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch `step`, always the same; with `ease`, that part of it large, on plain backgrounds, and as their artists drew them."""
+    """
+    Batch `step`, always the same.
+
+    Args:
+        ease (`float`, defaults to 0): share of pictures that are large, as their artists drew them, with nothing behind.
+        window (`int`): side of the pictures. Those smaller than [`IMAGE_SIZE`] are squares without padding.
+    """
     rng = random.Random(f"tower-{seed}-{step}")
     images, labels = [], []
     for _ in range(size):
+        shape = rng.choice(SHAPES) if window == IMAGE_SIZE else (IMAGE_SIZE, IMAGE_SIZE)
+        background = pictures.background(shape, rng)
+        if window < IMAGE_SIZE:
+            left, top = rng.randrange(IMAGE_SIZE - window), rng.randrange(IMAGE_SIZE - window)
+            background = background[top : top + window, left : left + window]
         kind = rng.random()
         if kind < 0.08:
-            name, image = pictures.digit(rng)
+            scans, digits = digit_scans()["train"]
+            index = rng.randrange(len(digits))
+            image, name = draw_digit(distort(scans[index], rng), background.shape[1::-1]), str(digits[index])
         elif kind < 0.16:
-            name, image = "nothing", pad(pictures.background(rng.choice(SHAPES), rng))
+            name, image = "nothing", background
         else:
             name = rng.choice(NOUNS)
-            image = pictures.object(name, rng, easy=rng.random() < ease)
-        images.append(image)
+            image = pictures.object(name, rng, background, easy=rng.random() < ease)
+        images.append(pad(image, window))
         labels.append(CLASSES.index(name))
     pixels = normalize(images)
     generator = torch.Generator().manual_seed(rng.getrandbits(31))
@@ -186,7 +223,14 @@ def measure(model: NamingTower, tests: dict) -> dict[str, float]:
 
 
 def train(
-    output: Path, config: CLIPVisionConfig, steps: int, batch: int, muon_rate: float, learning_rate: float, seed: int
+    output: Path,
+    config: CLIPVisionConfig,
+    steps: int,
+    batch: int,
+    windows: float,
+    muon_rate: float,
+    learning_rate: float,
+    seed: int,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -210,12 +254,20 @@ def train(
         model.prepare(training_batch(pictures, 0, 512, seed + 1)[0])
     started, losses = time.process_time() - spent, []
     for step in range(first, steps):
-        rate = min(1, (step + 1) / (0.04 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for optimizer, highest in zip(optimizers, (learning_rate, muon_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = highest * rate
-        pixels, labels = training_batch(pictures, step, batch, seed, ease=1 - 2.5 * step / steps)
-        whole, tokens = model(pixels)
+        # First small windows, which show things as large as they are in a film's frame at less than half the price.
+        progress, places = step / steps, None
+        if progress < windows:
+            side, part = config.image_size // config.patch_size, WINDOW // config.patch_size
+            rng = random.Random(f"window-{seed}-{step}")
+            left, top = rng.randrange(side - part + 1), rng.randrange(side - part + 1)
+            places = (torch.arange(top, top + part)[:, None] * side + torch.arange(left, left + part)).flatten()
+        window = IMAGE_SIZE if places is None else WINDOW
+        pixels, labels = training_batch(pictures, step, batch, seed, 1 - 2.5 * progress, window)
+        whole, tokens = model(pixels, places)
         loss = functional.cross_entropy(whole, labels, label_smoothing=0.05)
         each = functional.cross_entropy(
             tokens.flatten(0, 1), labels.repeat_interleave(tokens.shape[1]), label_smoothing=0.05
@@ -249,13 +301,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--windows", type=float, default=0.6, help="share of the steps that see windows")
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     for name in ("hidden_size", "intermediate_size", "layers", "heads", "patch_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
-    named = {name: arguments.pop(name) for name in ("output", "steps", "batch", "muon_rate", "learning_rate", "seed")}
+    named = {
+        name: arguments.pop(name)
+        for name in ("output", "steps", "batch", "windows", "muon_rate", "learning_rate", "seed")
+    }
     train(config=tower_config(**arguments), **named)
 
 
