@@ -116,12 +116,8 @@ def crop(image: Image.Image, size: tuple[int, int], rng: random.Random) -> np.nd
     if rng.random() < 0.15:
         pixels = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
     tint = np.array([rng.uniform(0.85, 1.15) for _ in range(3)], dtype=np.float32)
-    return (
-        np.clip((pixels - 128) * rng.uniform(0.5, 1.2) + 128 * rng.uniform(0.6, 1.3), 0, 255)
-        .__mul__(tint)
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+    pixels = (pixels - 128) * rng.uniform(0.5, 1.2) + 128 * rng.uniform(0.6, 1.3)
+    return (pixels.clip(0, 255) * tint).clip(0, 255).astype(np.uint8)
 
 
 def plain(size: tuple[int, int], rng: random.Random) -> np.ndarray:
