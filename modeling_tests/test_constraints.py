@@ -48,7 +48,17 @@ def test_floors_are_those_of_the_oldest_lane():
             assert pin.operator == "==" and Version(pin.version) in SpecifierSet(f"=={floor.version}.*"), item
     # What trains the small checkpoint, lint, and what asks for newer releases of accelerate and huggingface_hub.
     untested = {item.name for item in requirements()} - set(pins)
-    assert untested == {"datasets", "deepspeed", "mypy", "pre-commit", "resvg-py", "ruff", "scikit-video", "trl", "typos"}
+    assert untested == {
+        "datasets",
+        "deepspeed",
+        "mypy",
+        "pre-commit",
+        "resvg-py",
+        "ruff",
+        "scikit-video",
+        "trl",
+        "typos",
+    }
 
 
 def test_lines_are_read_as_they_were_written(tmp_path):
