@@ -133,7 +133,7 @@ def test_killed_and_resumed(rows, tmp_path):
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"half")
     trainer = train(recipe)
-    assert trainer.state.global_step == 8 and not unfinished.joinpath("half").exists()
+    assert trainer.state.global_step == 8
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys() and any(".experts." in name for name in whole)
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
@@ -148,7 +148,7 @@ def test_another_recipe_does_not_resume(rows, tmp_path, capsys):
     for keys, message in (
         ({"learning_rate": 2e-3}, "`learning_rate` was 0.001 and is 0.002"),
         ({"stage": "align"}, "`stage` was 'single_image' and is 'align'"),
-        ({"data": [{"path": str(rows), "rows": 20}]}, "`tokens` was "),
+        ({"data": [{"path": str(rows), "rows": 20}]}, "`rows` was "),
     ):
         assert main(["train", str(write(tmp_path, **{"data": data, "max_steps": 2, **keys}))]) == 2
         error = capsys.readouterr().err
@@ -156,6 +156,27 @@ def test_another_recipe_does_not_resume(rows, tmp_path, capsys):
     os.remove(tmp_path / "trained" / "recipe.json")
     assert main(["train", str(write(tmp_path, data=data, max_steps=2))]) == 2
     assert "no `recipe.json`" in capsys.readouterr().err
+
+
+def test_the_rows_are_part_of_a_recipe(rows, tmp_path, capsys):
+    """Other answers of the same lengths are other data."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(rows.read_text())
+    recipe = write(tmp_path, data=[{"path": str(copy)}], max_steps=2)
+    assert main(["train", str(recipe)]) == 0
+    copy.write_text(rows.read_text().replace('"assistant", "content": "3"', '"assistant", "content": "8"'))
+    assert main(["train", str(recipe)]) == 2
+    assert "`rows` was" in capsys.readouterr().err
+
+
+def test_evaluation_and_epochs(rows, tmp_path):
+    """Several epochs, accumulation that does not divide them, and a loss on rows that are not packed."""
+    keys = {"max_steps": None, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "epoch"}
+    keys |= {"save_steps": None, "eval_strategy": "epoch", "load_best_model_at_end": True, "logging_steps": 1}
+    data = [{"path": str(rows)}]
+    trainer = train(write(tmp_path, data=data, eval_data=[{"path": str(rows), "rows": 6}], **keys))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and trainer.state.best_metric == min(losses)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +226,17 @@ def test_a_sample_that_is_wrong_is_named_before_training(rows, tmp_path, capsys)
         ({"data": [{"path": str(rows), "ratio": 1}, {"path": str(rows)}]}, "Either all sources"),
         ({"data": [{"builder": "gone.py:rows"}]}, "There is no file `gone.py`"),
         ({"data": [{"path": str(rows)}], "output_dir": None}, "must have the keys"),
+        ({"data": [{"path": str(rows), "split": "test"}]}, "has no splits"),
+        ({"data": [{"path": str(rows), "arguments": {}}]}, "has ['arguments']"),
+        ({"data": [{"path": str(rows), "ratio": 0}]}, "positive `ratio`"),
+        ({"data": [{"path": str(rows), "rows": 2.5}]}, "from 1 to 24"),
+        ({"data": [{"path": str(rows)}], "truncation": "no"}, "`truncation` must be true or false"),
+        ({"data": [{"path": str(rows)}], "pack_to": "96"}, "`pack_to` must be a number of tokens"),
+        ({"data": [{"path": str(rows)}], "max_length": 200}, "must not exceed `pack_to`"),
+        ({"data": [{"path": str(rows)}], "stage": ["align"]}, "`stage` must be one of"),
+        ({"data": [{"path": str(rows)}], "save_only_model": True}, "could not be resumed"),
+        ({"data": [{"path": str(rows)}], "eval_strategy": "steps"}, "needs `eval_data`"),
+        ({"data": [{"path": str(rows)}], "remove_unused_columns": True}, "must be false"),
         ({"data": [{"path": str(rows)}], "train_sampling_strategy": "group_by_length"}, "give `pack_to`"),
     ):
         assert main(["train", str(write(tmp_path, **keys))]) == 2
@@ -230,8 +262,20 @@ def test_sources_are_mixed(rows, tmp_path):
     names = [mixed[i]["id"] for i in range(len(mixed))]
     assert {str(i) for i in range(24)} | {f"built {i}" for i in range(6)} == set(names)
     assert 0.1 < sum("built" in name for name in names) / len(names) < 0.4
-    datasets.Dataset.from_list([{"id": "saved"}]).save_to_disk(str(tmp_path / "saved"))
-    assert MixedDataset([{"path": str(tmp_path / "saved")}])[0] == {"id": "saved"}
+    saved = datasets.Dataset.from_list([{"id": "saved", "x": 1}])
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert MixedDataset([{"path": str(tmp_path / "saved")}])[0] == {"id": "saved", "x": 1}
+    datasets.DatasetDict(test=saved).save_to_disk(str(tmp_path / "splits"))
+    assert len(MixedDataset([{"path": str(tmp_path / "splits"), "split": "test"}])) == 1
+    for source in ({"path": str(tmp_path / "saved"), "split": "test"}, {"path": str(tmp_path / "splits")}):
+        with pytest.raises(ValueError, match="has the splits"):
+            MixedDataset([source])
+
+
+def test_rows_without_a_name_get_one(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [], "id": null}\n\n{"messages": []}\n')
+    mixed = MixedDataset([{"path": str(tmp_path / "rows.jsonl")}])
+    assert [mixed[i]["id"] for i in range(2)] == [f"{tmp_path / 'rows.jsonl'}, row {i}" for i in range(2)]
 
 
 def test_defaults_are_the_authors(rows, tmp_path):

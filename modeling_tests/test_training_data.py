@@ -111,7 +111,17 @@ def test_a_batch_is_padded_on_the_right(tiny_processor, tiny_model):
             {"id": "a7", "messages": says("<image>", "x")},
             "Sample 'a7': There are 1 places for images .* but 0 `images`",
         ),
-        ({"messages": says("hm", "x"), "images": [picture()]}, "Sample 0: There are 0 places for images .* but 1"),
+        (
+            {"messages": says("<image>", "x"), "images": [picture()] * 2},
+            "Sample 0: There are 1 places for images .* but 2",
+        ),
+        (
+            {"messages": says("<image>", "x"), "images": [{"path": None}]},
+            "Sample 0: Item 0 of `images` has no `bytes`",
+        ),
+        ({"messages": "hello"}, r"Sample 0: .* \['str'\]"),
+        ({"messages": says("hm", "x"), "processor_kwargs": {"padding": "max_length"}}, r"has \['padding'\]"),
+        ({"messages": says("hm", "x"), "processor_kwargs": {"patch_stratgy": "best_fit"}}, "patch_stratgy"),
         (
             {"messages": says("hm", "x", "y")},
             r"must be by 'user' and 'assistant' in turn .* \['user', 'assistant', 'user'\]",
@@ -142,14 +152,14 @@ def test_truncation_keeps_pictures_whole(tiny_processor):
             try:
                 sample = collator.encode(row)
             except ValueError as error:
-                assert "Nothing of what the assistant says" in str(error)
+                assert "Nothing that the assistant says is there to be learned within `max_length`" in str(error)
                 continue
             assert len(sample.input_ids) <= max_length and collator.length(row) == len(sample.input_ids)
             assert torch.equal(sample.input_ids, whole.input_ids[: len(sample.input_ids)])
             assert int((sample.input_ids == tiny_processor.image_token_id).sum()) == per_tile * len(
                 sample.pixel_values
             )
-    with pytest.raises(ValueError, match="Nothing of what the assistant says is within `max_length`"):
+    with pytest.raises(ValueError, match="Nothing that the assistant says is there to be learned within `max_length`"):
         LongLLaVADataCollator(tiny_processor, max_length=first + 1, truncation=True).encode(row)
 
 
@@ -243,8 +253,57 @@ def test_lazy_pictures_in_workers(tiny_processor, tiny_model, tmp_path):
         assert torch.equal(found["pixel_values"].load(), expected["pixel_values"])
         with torch.no_grad():
             assert torch.equal(tiny_model(**found).loss, tiny_model(**expected).loss)
-    with pytest.raises(ValueError, match="Lazy pictures with other settings"):
-        lazy([with_sub_images(rows[1], [[1, 2]]), with_sub_images(rows[2], [[2, 1]])])
+    both = [with_sub_images(rows[1], [[1, 2]]), with_sub_images(rows[2], [[2, 1]])]  # each cut in its own way
+    assert torch.equal(lazy(both)["pixel_values"].load(), eager(both)["pixel_values"])
+    assert torch.equal(lazy(both)["pixel_values"][4:12], eager(both)["pixel_values"][4:12])
+
+
+def test_sources_of_pictures(tiny_processor, tmp_path, film):
+    """A picture is the same in whatever way it is given, and before the text where no place is, as in TRL."""
+    picture(200).save(tmp_path / "x.png")
+    path, data = str(tmp_path / "x.png"), (tmp_path / "x.png").read_bytes()
+    collator = LongLLaVADataCollator(tiny_processor)
+    expected = collator([{"messages": says("<image>\nWhich?", "3"), "images": [path]}])
+
+    def shown(*blocks) -> list[dict]:
+        return [{"role": "user", "content": [*blocks, {"type": "text", "text": "Which?"}]}, says("", "3")[1]]
+
+    for row in (
+        {"messages": says("<image>\nWhich?", "3"), "images": [{"bytes": data, "path": None}]},
+        {"messages": says("<image>\nWhich?", "3"), "images": picture(200)},
+        {"messages": says("Which?", "3"), "images": (path,), "videos": None},
+        {"messages": shown({"type": "image"}), "images": [path]},
+        {"messages": shown({"type": "image", "path": path, "text": None})},
+        {"messages": shown({"type": "image", "image": {"bytes": data}}), "images": []},
+    ):
+        batch = collator([row])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected), row
+
+    frames = [{"bytes": data}] * 2
+    wanted = collator([{"messages": says("<video>\nWhich?", "3"), "videos": [[path, path]]}])
+    for row in (
+        {"messages": says("<video>\nWhich?", "3"), "videos": [tuple(frames)]},
+        {"messages": shown({"type": "video", "video": frames})},
+    ):
+        assert torch.equal(collator([row])["pixel_values"], wanted["pixel_values"])
+    row = {
+        "messages": says("<video>", "3"),
+        "videos": [str(film(20))],
+        "processor_kwargs": {"num_frames": 5, "fps": None},
+    }
+    assert len(collator([row])["pixel_values"]) == 5
+
+
+def test_a_template_that_marks_nothing(tiny_processor):
+    """All labels would be -100."""
+    import copy
+
+    processor = copy.deepcopy(tiny_processor)
+    processor.chat_template = processor.chat_template.replace("generation -%}", "if true -%}").replace(
+        "endif true -%}", "endif -%}"
+    )
+    with pytest.raises(ValueError, match="Sample 0: Nothing that the assistant says"):
+        LongLLaVADataCollator(processor)([{"messages": says("a", "b")}])
 
 
 def test_datasets_rows(tiny_processor, tmp_path):
@@ -375,7 +434,11 @@ def test_conversion_names_what_is_wrong(tmp_path, capsys):
     places.update(id="places", image=["0.png", "1.png"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     broken = {**samples[0], "id": "broken", "image": "broken.png"}
-    (tmp_path / "data.json").write_text(json.dumps([*samples, gone, turns, places, broken, {"id": "none"}, 5]))
+    human, gpt = samples[0]["conversations"]
+    said = {"id": "said", "conversations": [{**human, "value": "<|User|>"}, gpt]}
+    shows = {"id": "shows", "conversations": [{**human, "value": "?"}, {**gpt, "value": "<image>"}]}
+    bad = [gone, turns, places, broken, {"id": "none"}, 5, said, shows, {**samples[0], "id": "odd", "image": [None]}]
+    (tmp_path / "data.json").write_text(json.dumps([*samples, *bad]))
     command = ["data", "convert", str(tmp_path / "data.json"), str(tmp_path / "rows.jsonl")]
     assert main(command) == 2
     assert "Sample 'gone': There is no image" in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()
@@ -384,7 +447,9 @@ def test_conversion_names_what_is_wrong(tmp_path, capsys):
     assert result["rows"] == 5
     wanted = ["'gone': There is no image", "'turns': The messages must", "'places': its turns have 1 `<image>`, but"]
     wanted += ["'broken': ", "'none': it must be an object with a list `conversations`", "10: it must be an object"]
-    assert len(result["skipped"]) == 6
+    wanted += ["'said': the text of its user has <|User|>", "'shows': the text of its assistant has <image>"]
+    wanted += ["'odd': `image` must be a name or a list of names"]
+    assert len(result["skipped"]) == len(wanted)
     for message, found in zip(wanted, result["skipped"]):
         assert found.startswith(f"Sample {message}"), found
     (tmp_path / "data.json").write_text("[5]")

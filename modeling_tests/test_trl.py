@@ -3,6 +3,7 @@
 import math
 import pickle
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,6 +19,9 @@ from longllava_hf.compat_longllava import add_to_transformers
 from .conftest import KINDS, published
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
 @pytest.fixture(scope="module")
 def trl():
     pytest.importorskip("datasets", reason="datasets is not installed")
@@ -26,7 +30,7 @@ def trl():
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [Image.open(f"examples/{name}.png").convert("RGB") for name in ("three", "seven")]
+    return [Image.open(f"{EXAMPLES}/{name}.png").convert("RGB") for name in ("three", "seven")]
 
 
 PROMPT = [{"role": "user", "content": "Which digit is this?"}]
@@ -54,7 +58,8 @@ def rows_of(kind, pictures):
 def trainer_of(trl, name, rows, folder, model=longllava_hf.TINY, **kwargs):
     from datasets import Dataset
 
-    given = {key: kwargs.pop(key) for key in ("peft_config", "processing_class", "reward_funcs") if key in kwargs}
+    names = ("peft_config", "processing_class", "reward_funcs", "data_collator")
+    given = {key: kwargs.pop(key) for key in names if key in kwargs}
     settings = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -181,3 +186,39 @@ def test_lazy_pictures(trl, pictures, tmp_path, name, kind):
     assert isinstance(next(iter(trainer.get_train_dataloader()))["pixel_values"], longllava_hf.LazyPixelValues)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_the_authors_labels(trl, tiny_processor, tmp_path):
+    """With the package's collator: settings of rows, videos, several turns and text alone, labelled as the authors do."""
+    from longllava_hf.training import LongLLaVADataCollator
+
+    three, film = f"{EXAMPLES}/three.png", f"{EXAMPLES}/film.mp4"
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "3"}]
+    cut = {"patch_strategy": "best_fit", "image_grid_pinpoints": [[1, 2]], "num_frames": None}
+    rows = [
+        {"messages": [*turns, *PROMPT, *say("3")], "images": [three], "videos": [], "processor_kwargs": cut},
+        {"messages": [{"role": "user", "content": "<video>?"}, *say("5")], "images": [], "videos": [film],
+         "processor_kwargs": {"patch_strategy": None, "image_grid_pinpoints": None, "num_frames": 4}},
+        {"messages": PROMPT + say("7"), "images": [], "videos": [], "processor_kwargs": None},
+    ]  # fmt: skip
+    collator = LongLLaVADataCollator(tiny_processor)
+    options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    options |= {"data_collator": collator, "processing_class": tiny_processor, "per_device_train_batch_size": 3}
+    trainer = trainer_of(trl, "SFT", rows, tmp_path, **options)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.train()
+    assert all(len(batch["pixel_values"]) == 3 + 4 for batch in seen) and len(seen) == 2
+    expected = sum(int((collator.encode(row).labels != -100).sum()) for row in rows)
+    assert expected == 4 + 2 + 2
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_two_hundred_pictures_do_not_fit_by_default(trl, processor):
+    """1,024 tokens are TRL's default; cut through a picture, they are an error that names the setting."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    assert trl.SFTConfig("unused", bf16=False).max_length == 1024
+    row = {"messages": PROMPT + say("3"), "images": [Image.new("RGB", (8, 8))] * 200}
+    with pytest.raises(ValueError, match="`max_length` than 1024"):
+        DataCollatorForVisionLanguageModeling(processor, max_length=1024)([row])

@@ -445,7 +445,7 @@ _COMMANDS: list[tuple[Callable[[argparse.Namespace], None], str, list[tuple[str,
         _option("destination", help="folder that does not exist yet"),
         _option("--method", choices=["expert", "arithmetic", "spherical"], default="expert",
                 help="take one expert, or the mean of their weights, or of the directions of these (default: expert)"),
-        _option("--expert", type=int, default=0, help="which one to take (default: 0)"),
+        _option("--expert", type=int, help="which one to take (default: 0)"),
         _option("--down-scale", type=float, default=1.0, help="factor of `down_proj`; the authors' script has 0.045 (default: 1)"),
     ]),
     (hub_export, "A folder for the Hub: the checkpoint in the native layout, the code that runs it, and a model card.", [

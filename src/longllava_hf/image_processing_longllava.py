@@ -311,7 +311,7 @@ class LazyPixelValues:
     Args:
         items (`list`): pictures and films, each with whether only the whole of it is wanted.
         processor ([`LongLLaVAImageProcessor`]): that makes tiles of them.
-        settings (`dict`): of the call that it does so for.
+        settings (`dict` or `list[dict]`): of the call that it does so for, or for each item.
         counts (`list[int]`): tiles of each item.
         shape (`tuple[int, int, int]`): of a tile.
         first (`int`, defaults to 0): number of the first picture, for messages.
@@ -324,13 +324,14 @@ class LazyPixelValues:
         self,
         items: list,
         processor: "LongLLaVAImageProcessor",
-        settings: dict[str, Any],
+        settings: dict[str, Any] | list[dict[str, Any]],
         counts: list[int],
         shape: tuple[int, int, int],
         first: int = 0,
         like: torch.Tensor | None = None,
     ):
-        self._items, self._processor, self._settings, self._counts = items, processor, settings, counts
+        self._items, self._processor, self._counts = items, processor, counts
+        self._settings = settings if isinstance(settings, list) else [settings] * len(items)
         self._first, self._like = first, torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
         self.shape = torch.Size((sum(counts), *shape))
 
@@ -371,18 +372,19 @@ class LazyPixelValues:
             film, count = copy.copy(film), end - begin  # of which only some frames are decoded
             film.indices = film.indices[offset : offset + count]
             shape: Any = tuple(self.shape[1:])
-            part = LazyPixelValues([(film, True)], self._processor, self._settings, [count], shape, like=self._like)
+            part = LazyPixelValues([(film, True)], self._processor, part._settings, [count], shape, like=self._like)
             offset = 0
         return part.load()[offset : offset + end - begin]
 
     def split(self, size: int) -> Iterator[torch.Tensor]:
         """Tensors `(size, 3, height, width)`, the last one maybe smaller. The next is made meanwhile."""
-        numbered = enumerate(_open_films(self._items), self._first)
+        opened = ((one, kept) for item, kept in zip(self._items, self._settings) for one in _open_films([item]))
+        numbered = enumerate(opened, self._first)
         pictures = (n for (item, _), n in zip(self._items, self._counts) if not isinstance(item, VideoFile))
         most = max(pictures, default=1)  # a film's frames are one tile each
         process = self._processor.tiles_of
         done = ordered_map(
-            lambda n: process(n[0], n[1][0], n[1][1], self._settings)[0], numbered, _WORKERS, ahead=size // most
+            lambda n: process(n[0], n[1][0][0], n[1][0][1], n[1][1])[0], numbered, _WORKERS, ahead=size // most
         )
         left, filled, batch, shape = len(self), 0, None, tuple(self.shape[1:])
         for tile in chain.from_iterable(map(self._counted, enumerate(done), self._expected())):
@@ -418,7 +420,7 @@ class LazyPixelValues:
         return LazyPixelValues(
             self._items[part],
             self._processor,
-            self._settings,
+            self._settings[part],
             self._counts[part],
             tuple(shape),  # type: ignore[arg-type]
             self._first + sum(before),
@@ -428,25 +430,20 @@ class LazyPixelValues:
     @classmethod
     def cat(cls, parts: "list[LazyPixelValues]") -> "LazyPixelValues":
         """
-        As [`torch.cat`] of those that one processor made, such as the rows of a batch. Where only some were made with
-        `patch_strategy="best_fit"`, so it stays.
+        As [`torch.cat`] of those that one processor made, such as the rows of a batch, each with the settings of its own.
 
         Raises:
-            ValueError: if they were made with other settings.
+            ValueError: if their tiles have different shapes.
         """
-        best_fit = [part for part in parts if part._settings["patch_strategy"] == "best_fit"]
-        first, items = (best_fit or parts)[0], []
-        for part in parts:
-            whole_only = part not in best_fit
-            ignored = ("patch_strategy", "image_grid_pinpoints") if whole_only else ()
-            settings = {**part._settings, **{name: first._settings[name] for name in ignored}}
-            if settings != first._settings or part.shape[1:] != first.shape[1:]:
-                other = [name for name, value in settings.items() if value != first._settings[name]]
-                raise ValueError(f"Lazy pictures with other settings ({', '.join(other)}) cannot be in one batch.")
-            items += [(item, whole or whole_only) for item, whole in part._items]
-        counts = [count for part in parts for count in part._counts]
-        shape: Any = tuple(first.shape[1:])
-        return cls(items, first._processor, first._settings, counts, shape, like=first._like)
+        shape: Any = tuple(parts[0].shape[1:])
+        if any(tuple(part.shape[1:]) != shape for part in parts):
+            raise ValueError(
+                f"Tiles must have one shape, but have {sorted({tuple(part.shape[1:]) for part in parts})}."
+            )
+        items, settings, counts = (
+            [one for part in parts for one in getattr(part, name)] for name in ("_items", "_settings", "_counts")
+        )
+        return cls(items, parts[0]._processor, settings, counts, shape, like=parts[0]._like)
 
     def skip(self, items: int) -> "LazyPixelValues":
         """The same without the first so many pictures or films."""

@@ -44,7 +44,7 @@ DEFAULT_NUM_FRAMES = 128
 
 # What is put around pictures and turns. In the published tokenizer these are ordinary pieces, which cannot be told from
 # the same typed by a user.
-_MARKERS = ("<img>", "</img>", "<vid>", "</vid>", "<t>", "<|User|>", "<|Assistant|>")
+MARKERS = ("<img>", "</img>", "<vid>", "</vid>", "<t>", "<|User|>", "<|Assistant|>")
 
 # What `from_pretrained` takes for the processor itself.
 _OWN_KWARGS = ("image_processor", "tokenizer", "chat_template", "num_frames", "return_unused_kwargs")
@@ -104,7 +104,7 @@ class LongLLaVABatchFeature(BatchFeature):
             key == "labels"
             and isinstance(value, torch.Tensor)
             and isinstance(ids, torch.Tensor)
-            and self.image_token_id
+            and self.image_token_id is not None
         ):
             value = (
                 value.clone() if value.data_ptr() == ids.data_ptr() else value
@@ -112,6 +112,13 @@ class LongLLaVABatchFeature(BatchFeature):
             if value.shape == ids.shape:
                 value[ids == self.image_token_id] = -100
         super().__setitem__(key, value)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "image_token_id": self.image_token_id}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.image_token_id = state.get("image_token_id")
 
 
 class LongLLaVAProcessor(ProcessorMixin):
@@ -422,7 +429,7 @@ class LongLLaVAProcessor(ProcessorMixin):
                     f" their own, {{'type': '{token[1:-1]}', ...}}, or write the word in another way."
                 )
         added = self.tokenizer.added_tokens_decoder.values()
-        control = {*_MARKERS, *self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        control = {*MARKERS, *self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         if found := sorted(token for token in control if token and token in text):
             raise ValueError(
                 f"{name} has {', '.join(f'`{token}`' for token in found)} in its text, which the model would not read as"

@@ -2,6 +2,7 @@
 """From rows of conversations to batches, with the labels of the authors' code."""
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from ..video_longllava import Frames
 IGNORE_INDEX = -100
 """The label of a token that is not learned."""
 
-_SOURCES = ("path", "url", "image", "video")
+# Where the source of a picture or video is found, in a block or in an item of `images` and `videos`.
+_SOURCES = ("bytes", "path", "url", "image", "video", "base64", "image_url")
+
+# What the processor may be called with for a row.
+_ROW_SETTINGS = ("patch_strategy", "image_grid_pinpoints", "num_frames", "fps", "do_sample_frames")
 
 
 @dataclass
@@ -38,11 +43,11 @@ class Sample:
 
 @contextmanager
 def named_sample(row: Any, number: int) -> Iterator[None]:
-    """Errors inside are `ValueError`s that say which sample they are of: its `id`, or its place among those around it."""
+    """Errors inside are `ValueError`s that say which sample they are of: its `id`, or its number in the batch or the data."""
     name = row.get("id") if isinstance(row, dict) else None
     try:
         yield
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:
         raise ValueError(f"Sample {number if name is None else repr(name)}: {error}") from error
 
 
@@ -53,13 +58,16 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _source(item: Any) -> Any:
-    """A picture or video of a row: what `datasets` stores of one that it has not decoded, or frames, or itself."""
+def _source(item: Any, is_video: bool) -> Any:
+    """
+    A picture or video: what `datasets` stores of one that it has not decoded, a block's, a video's frames, or itself.
+    `None` where it names none.
+    """
     if isinstance(item, dict):
-        source = next((item[name] for name in ("bytes", *_SOURCES) if item.get(name) is not None), None)
-        if source is None:
-            raise ValueError(f"A picture or video must have `bytes` or a `path`, but has only {sorted(item)}.")
-        return source
+        source = next((item[name] for name in _SOURCES if item.get(name) is not None), None)
+        return source if source is None else _source(source, is_video)
+    if is_video and isinstance(item, (list, tuple, Frames)):
+        return Frames(_source(frame, False) for frame in item)
     return item
 
 
@@ -69,15 +77,23 @@ def _as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def check_turns(messages: list[dict]) -> None:
+def check_turns(messages: list[Any]) -> None:
     """Raises `ValueError` unless user and assistant alternate, from one to the other, after at most one `system`."""
-    roles = [message.get("role") for message in messages]
+    roles = [message.get("role") if isinstance(message, dict) else type(message).__name__ for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(
             "The messages must be by 'user' and 'assistant' in turn and end with the assistant's, but their roles are"
             f" {roles}."
         )
+
+
+def _blocks(message: dict) -> list[dict]:
+    """Of pictures and videos, in reading order: those of a list, or the placeholders of a string."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": kind} for kind in re.findall("<(image|video)>", content)]
+    return [block for block in content if block["type"] != "text"]
 
 
 def conversation(row: dict, processor: LongLLaVAProcessor) -> tuple[list[dict], list, list]:
@@ -87,6 +103,7 @@ def conversation(row: dict, processor: LongLLaVAProcessor) -> tuple[list[dict], 
     Args:
         row (`dict`): `messages`, whose pictures and videos are blocks with a source of their own, or the next of
             `images` and `videos` for a block without one and for `<image>` and `<video>` in a content that is a string.
+            Where there is no such place at all, `images` come before the first user's text, as in TRL.
         processor ([`LongLLaVAProcessor`]).
 
     Returns:
@@ -102,26 +119,26 @@ def conversation(row: dict, processor: LongLLaVAProcessor) -> tuple[list[dict], 
             f"A row must have `messages`, but it has {found}. `Trainer` removes columns that the model does not take,"
             " unless its arguments say `remove_unused_columns=False`."
         )
-    given = {kind: _as_list(row.get(f"{kind}s")) for kind in ("image", "video")}
-    shown: dict[str, list] = {"image": [], "video": []}
-    places = {"image": 0, "video": 0}
     messages = _without_none(_as_list(row["messages"]))
     check_turns(messages)
     messages = processor.checked(messages, placeholders=True)
-    for message in messages:
-        content: Any = message["content"]
-        if isinstance(content, str):
-            content = [{"type": kind} for kind in re.findall("<(image|video)>", content)]
-        for block in (block for block in content if block["type"] != "text"):
-            kind = "video" if block["type"] == "video" else "image"
-            source = next((block[name] for name in _SOURCES if name in block), None)
-            if source is None:
-                if places[kind] < len(given[kind]):
-                    source = _source(given[kind][places[kind]])
-                places[kind] += 1
-            if kind == "video" and isinstance(source, list):
-                source = Frames(map(_source, source))
-            shown[kind].append(source)
+    given = {kind: _as_list(row.get(f"{kind}s")) for kind in ("image", "video")}
+    if given["image"] and not any(block["type"] != "video" for message in messages for block in _blocks(message)):
+        first = next(message for message in messages if message["role"] == "user")
+        text = [{"type": "text", "text": first["content"]}] if isinstance(first["content"], str) else first["content"]
+        first["content"] = [{"type": "image"}] * len(given["image"]) + text
+    shown: dict[str, list] = {"image": [], "video": []}
+    places = {"image": 0, "video": 0}
+    for block in (block for message in messages for block in _blocks(message)):
+        kind = "video" if block["type"] == "video" else "image"
+        source = _source({name: value for name, value in block.items() if name != "type"}, kind == "video")
+        if source is None:
+            if places[kind] < len(given[kind]):
+                source = _source(given[kind][places[kind]], kind == "video")
+                if source is None:
+                    raise ValueError(f"Item {places[kind]} of `{kind}s` has no `bytes` and no `path`.")
+            places[kind] += 1
+        shown[kind].append(source)
     for kind, items in given.items():
         if len(items) != places[kind]:
             raise ValueError(
@@ -139,15 +156,15 @@ class LongLLaVADataCollator:
     last one is followed by a line break, and yet the end of text is its label, so that every answer teaches to end.
 
     A row has `messages` and, for their places that name no file, `images` and `videos`, as in TRL; in a content that is a
-    string, `<image>` and `<video>` are such places. It may have an `id`, for errors, and `processor_kwargs`, with which
-    the processor is called for it (`{"patch_strategy": "best_fit"}`, `{"num_frames": 64}`). A list of rows in place of a
-    row is packed, as [`PackedDataset`] gives them.
+    string, `<image>` and `<video>` are such places. It may have an `id`, for errors, and `processor_kwargs` with some of
+    `patch_strategy`, `image_grid_pinpoints`, `num_frames`, `fps` and `do_sample_frames` for it. A list of rows in place of
+    a row is packed, as [`PackedDataset`] gives them.
 
     Args:
         processor ([`LongLLaVAProcessor`]).
         max_length (`int`, *optional*): in tokens, of a row; not of what is packed, which [`PackedDataset`] has seen to.
-        truncation (`bool`, defaults to `False`): whether a row that is longer is cut, in front of the picture that
-            would be cut in two. Otherwise it is an error.
+        truncation (`bool`, defaults to `False`): whether a row that is longer is cut, in front of the picture, frame or
+            sub-image that would be cut in two. Otherwise it is an error.
         lazy (`bool`, defaults to `False`): leave the decoding to the model, which does it batch by batch for its tower.
             Without it, it is done here, in a worker if there is one.
         pad_to_multiple_of (`int`, *optional*): of the length of a batch that is not packed.
@@ -210,23 +227,33 @@ class LongLLaVADataCollator:
     def encode(self, row: dict, number: int = 0) -> Sample:
         """One row; `number` names it where it has no `id`."""
         with named_sample(row, number):
-            return self._cut(self._encode(row, lazy=self.lazy))
+            sample = self._cut(self._encode(row, lazy=self.lazy))
+            if not (sample.labels != IGNORE_INDEX).any():
+                within = f" within `max_length` ({self.max_length}) tokens" if self.max_length else ""
+                raise ValueError(f"Nothing that the assistant says is there to be learned{within}.")
+            return sample
 
     def length(self, row: dict, number: int = 0) -> int:
         """How many tokens a row has, without decoding its pictures; at most `max_length` with `truncation`."""
+        return self.measure(row, number)[0]
+
+    def measure(self, row: dict, number: int = 0) -> tuple[int, int]:
+        """The length of a row, and a checksum of what is said in it."""
         with named_sample(row, number):
             # A token for each tile is enough to count them.
             sample = self._encode(row, lazy=True, image_seq_length=1)
+            checksum = zlib.crc32(sample.input_ids.numpy().tobytes())
             tiles = 0 if sample.pixel_values is None else len(sample.pixel_values)
-            kwargs = row.get("processor_kwargs") or {}
-            per_tile = kwargs.get("image_seq_length") or self.processor.image_processor.image_seq_length
-            length = len(sample.input_ids) + tiles * (per_tile - 1)
-            if self.max_length is None or length <= self.max_length:
-                return length
-            return len(self._cut(self._encode(row, lazy=True)).input_ids)
+            length = len(sample.input_ids) + tiles * (self.processor.image_processor.image_seq_length - 1)
+            if self.max_length is not None and length > self.max_length:
+                length = len(self._cut(self._encode(row, lazy=True)).input_ids)
+            return length, checksum
 
     def _encode(self, row: dict, **settings) -> Sample:
         messages, images, videos = conversation(row, self.processor)
+        row_settings = _without_none(row.get("processor_kwargs") or {})
+        if unknown := sorted(set(row_settings) - set(_ROW_SETTINGS)):
+            raise ValueError(f"`processor_kwargs` may have {list(_ROW_SETTINGS)}, but has {unknown}.")
         tokenizer = self.processor.tokenizer
         template: Any = self.processor.chat_template
         rendered: Any = render_jinja_template(
@@ -242,7 +269,8 @@ class LongLLaVADataCollator:
             videos=videos or None,
             add_special_tokens=False,
             return_offsets_mapping=True,
-            **{**_without_none(row.get("processor_kwargs") or {}), **settings},
+            **row_settings,
+            **settings,
         )
         input_ids = torch.tensor(inputs["input_ids"][0])
         labels, offsets = torch.full_like(input_ids, IGNORE_INDEX), torch.tensor(inputs["offset_mapping"][0])
@@ -275,10 +303,7 @@ class LongLLaVADataCollator:
             if tiles < len(pixel_values):
                 length = min(length, int(places[tiles * per_tile]))
             pixel_values = pixel_values[:tiles] if tiles else None
-        labels = sample.labels[:length]
-        if not (labels != IGNORE_INDEX).any():
-            raise ValueError(f"Nothing of what the assistant says is within `max_length` ({self.max_length}) tokens.")
-        return Sample(sample.input_ids[:length], labels, pixel_values)
+        return Sample(sample.input_ids[:length], sample.labels[:length], pixel_values)
 
 
 __all__ = ["IGNORE_INDEX", "LongLLaVADataCollator", "Sample", "check_turns", "conversation", "named_sample"]

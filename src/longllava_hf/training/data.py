@@ -13,10 +13,14 @@ from transformers.utils import logging
 
 from ..files_longllava import atomic_write
 from ..image_processing_longllava import picture_size
+from ..processing_longllava import MARKERS
+from ..video_longllava import check_num_frames
 from .collator import check_turns, named_sample
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Of the published tokenizer; what else is special in another one, the collator tells.
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|pad|>")
 # As the authors' code writes what this package's processor writes around a placeholder by itself.
 _PICTURE = "<img><image></img>"
 _FILM = re.compile(r"<vid>((?:<img><image></img>(?:<t>)?)+)</vid>")
@@ -69,6 +73,12 @@ def with_sub_images(row: dict, image_grid_pinpoints: list[list[int]] | None = No
 
 def _files(names: Any, folder: str, what: str) -> list[str]:
     """Paths of files that are there."""
+    if (
+        names is not None
+        and not isinstance(names, str)
+        and not (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    ):
+        raise ValueError(f"`{what}` must be a name or a list of names, but is {str(names)[:200]}.")
     paths = [
         os.path.abspath(os.path.join(folder, name)) for name in ([names] if isinstance(names, str) else names or [])
     ]
@@ -103,7 +113,11 @@ def convert_sample(sample: dict, images: str = "", videos: str | None = None, nu
             raise ValueError(f"it must be an object with a list `conversations`, but is {str(sample)[:200]}.")
         messages, films = [], []
         for turn in sample["conversations"]:
-            if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+            if (
+                not isinstance(turn, dict)
+                or turn.get("from") not in list(_ROLES)
+                or not isinstance(turn.get("value"), str)
+            ):
                 raise ValueError(
                     f"a turn must have a `from`, one of {list(_ROLES)}, and a string as `value`, but it is {str(turn)[:200]}."
                 )
@@ -129,6 +143,15 @@ def convert_sample(sample: dict, images: str = "", videos: str | None = None, nu
                     parts[i] = part.replace(_PICTURE, "<image>")
                     position += count
             message["content"] = "".join(parts)
+        for message in messages:
+            text, places = message["content"], ("<image>", "<video>")
+            refused = [*MARKERS, *_SPECIAL, *(() if message["role"] == "user" else places)]
+            if message["role"] == "user":
+                text = text.replace("<image>", "").replace("<video>", "")
+            if found_markers := [token for token in refused if token in text]:
+                raise ValueError(
+                    f"the text of its {message['role']} has {', '.join(found_markers)}, which would be no text."
+                )
         if films and film_files:
             raise ValueError("it has videos as files and as frames; only one of both can be told apart.")
         found = {"image": files, "video": films or film_files}
@@ -136,7 +159,7 @@ def convert_sample(sample: dict, images: str = "", videos: str | None = None, nu
             wanted = sum(message["content"].count(f"<{kind}>") for message in messages)
             if wanted != len(items):
                 raise ValueError(f"its turns have {wanted} `<{kind}>`, but there are {len(items)} {kind}s.")
-        name = str(sample.get("id", number))
+        name = str(number if sample.get("id") is None else sample["id"])
         return {"id": name, "messages": messages, "images": found["image"], "videos": found["video"]}
 
 
@@ -187,6 +210,7 @@ def convert_data(
         ValueError: for a sample that is wrong, unless it is skipped; if nothing is left; for a file that is no JSON.
         OSError: for files that cannot be read or written.
     """
+    check_num_frames(num_frames)
     folder = str(images if images is not None else os.path.dirname(os.path.abspath(source)))
     result = ConvertedData()
     if not os.path.isfile(source):

@@ -1,9 +1,9 @@
 # Copyright 2026 The longllava_hf authors. Licensed under the Apache License, Version 2.0.
 """From a mixture of experts to a dense model: one MLP made of all experts of a layer, or one of them taken."""
 
+import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,44 +60,41 @@ def spherical_mean(gram: torch.Tensor, steps: int = 50) -> torch.Tensor:
     return mean * lengths.mean() / lengths
 
 
-def _merge(experts: list[Callable[[], torch.Tensor]], method: str, expert: int) -> torch.Tensor:
-    """One matrix of all experts' `(rows, columns)`, which are read one or two at a time."""
-    if method == "expert":
-        return experts[expert]().contiguous()
-    count, dtype = len(experts), experts[0]().dtype
-    shares = torch.full((count,), 1 / count, dtype=torch.float64)
+def _mean(matrices: list[torch.Tensor], method: str) -> torch.Tensor:
+    """One matrix of all experts' `(rows, columns)`."""
+    shares = torch.full((len(matrices),), 1 / len(matrices), dtype=torch.float64)
     if method == "spherical":
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for i in range(count):
-            one = experts[i]().double().flatten()
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = one @ experts[j]().double().flatten()
+        gram = torch.zeros(len(matrices), len(matrices), dtype=torch.float64)
+        for i, one in enumerate(matrices):
+            vector = one.double().flatten()
+            for j, other in enumerate(matrices[: i + 1]):
+                gram[i, j] = gram[j, i] = vector @ other.double().flatten()
         if not gram.diagonal().all():
             raise ValueError("The spherical mean of experts needs weights other than zero.")
         shares = spherical_mean(gram)
-    total = torch.zeros_like(experts[0](), dtype=torch.float32)
-    for share, read in zip(shares.tolist(), experts):
-        total.add_(read().float(), alpha=share)
-    return total.to(dtype)
+    total = torch.zeros_like(matrices[0], dtype=torch.float32)
+    for share, matrix in zip(shares.tolist(), matrices):
+        total.add_(matrix.float(), alpha=share)
+    return total.to(matrices[0].dtype)
 
 
 def downcycle(
     source: str,
     destination: str,
     method: Literal["expert", "arithmetic", "spherical"] = "expert",
-    expert: int = 0,
+    expert: int | None = None,
     down_scale: float = 1.0,
 ) -> Path:
     """
     Make a dense checkpoint of one with experts, as LongLLaVA-9B was made of Jamba (arXiv 2409.02889v3). It is to be
-    trained further. Memory is that of a file of 4 GB and of two matrices.
+    trained further. Memory is that of a file of 4 GB and of one matrix of each expert.
 
     Args:
         source (`str`): a folder or Hub id, in the native or a published layout.
         destination (`str`): a folder that does not exist yet, for the native layout.
         method (`"expert"`, `"arithmetic"` or `"spherical"`, defaults to `"expert"`): take one expert, or of each matrix
             their mean, or the mean of their directions at their mean length.
-        expert (`int`, defaults to 0): which one to take.
+        expert (`int`, *optional*): which one to take, by default the first.
         down_scale (`float`, defaults to 1): what the last matrix of each MLP is multiplied with. The authors' script has
             0.045, of which their paper says nothing.
 
@@ -113,6 +110,11 @@ def downcycle(
         raise FileExistsError(f"The destination `{target}` exists already.")
     if method not in ("expert", "arithmetic", "spherical"):
         raise ValueError(f"`method` must be 'expert', 'arithmetic' or 'spherical', but is {method!r}.")
+    if method != "expert" and expert is not None:
+        raise ValueError(f"A mean is of all experts, so `expert` ({expert}) goes with the method 'expert' alone.")
+    if not math.isfinite(down_scale):
+        raise ValueError(f"`down_scale` must be finite, but is {down_scale}.")
+    expert = expert or 0
     folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(source))
     config = LongLLaVAConfig.from_pretrained(folder)
     text: Any = config.text_config
@@ -127,7 +129,7 @@ def downcycle(
     tensors = {to_native_name(name, names): tensor for name, tensor in read_lazily(files).items()}
     if not has_vision_tower(tensors):
         tensors.update({to_native_name(n, names): t for n, t in load_vision_tower(config, folder).items()})
-    text.num_experts = text.num_experts_per_tok = 1
+    num_experts, text.num_experts, text.num_experts_per_tok = text.num_experts, 1, 1
 
     with temporary_folder(target.parent, target.name) as partial, write_errors(target):
         written: list[Path] = []
@@ -148,8 +150,11 @@ def downcycle(
                 continue
             if found:
                 name = f"{found[1]}.{found[3]}"
-                parts = [f"{found[1]}.experts.{i}.{found[3]}" for i in range(_count(tensors, found))]
-                tensor = _merge([lambda part=part: tensors[part][...] for part in parts], method, expert)
+                parts = [f"{found[1]}.experts.{i}.{found[3]}" for i in range(num_experts)]
+                if method == "expert":
+                    tensor = tensors[parts[expert]][...].contiguous()
+                else:
+                    tensor = _mean([tensors[part][...] for part in parts], method)
                 if found[3].startswith("down_proj") and down_scale != 1:
                     tensor = tensor * down_scale
             else:
@@ -175,14 +180,6 @@ def downcycle(
         os.replace(partial, target)
     sync(target.parent)
     return target
-
-
-def _count(tensors: dict[str, Any], found: re.Match) -> int:
-    """Experts of the layer that a weight is of."""
-    count = 0
-    while f"{found[1]}.experts.{count}.{found[3]}" in tensors:
-        count += 1
-    return count
 
 
 __all__ = ["downcycle", "spherical_mean"]

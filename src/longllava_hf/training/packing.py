@@ -56,21 +56,33 @@ def plan_bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return sorted(map(sorted, bins))
 
 
-class _Lengths(Dataset):
+class _Measures(Dataset):
     def __init__(self, dataset: Any, collator: LongLLaVADataCollator):
         self.dataset, self.collator = dataset, collator
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> int:
-        return self.collator.length(self.dataset[index], index)
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.collator.measure(self.dataset[index], index)
+
+
+def measure_rows(dataset: Any, collator: LongLLaVADataCollator, num_workers: int = 0) -> tuple[list[int], list[int]]:
+    """As [`token_lengths`], and a checksum of what is said in each row."""
+    measured = DataLoader(_Measures(dataset, collator), batch_size=64, num_workers=num_workers, collate_fn=list)
+    progress = logging.tqdm(total=len(dataset), desc="Counting tokens", unit=" rows", delay=1.0)
+    measures: list[tuple[int, int]] = []
+    for batch in measured:
+        measures += batch
+        progress.update(len(batch))
+    progress.close()
+    return [length for length, _ in measures], [checksum for _, checksum in measures]
 
 
 def token_lengths(dataset: Any, collator: LongLLaVADataCollator, num_workers: int = 0) -> list[int]:
     """
-    Tokens of each row, counted without decoding a picture. As a column `length` they serve `Trainer`'s
-    `group_by_length`.
+    Tokens of each row, counted without decoding a picture, unless the dataset does so itself. As a column `length` they
+    serve `Trainer`'s `group_by_length`.
 
     Args:
         dataset (`Dataset`): with a length and rows by number.
@@ -78,16 +90,9 @@ def token_lengths(dataset: Any, collator: LongLLaVADataCollator, num_workers: in
         num_workers (`int`, defaults to 0): processes.
 
     Raises:
-        ValueError: for what the collator would refuse, with the sample's name.
+        ValueError: for what the collator would refuse before it decodes, with the sample's name.
     """
-    counted = DataLoader(_Lengths(dataset, collator), batch_size=64, num_workers=num_workers, collate_fn=list)
-    progress = logging.tqdm(total=len(dataset), desc="Counting tokens", unit=" rows", delay=1.0)
-    lengths: list[int] = []
-    for batch in counted:
-        lengths += batch
-        progress.update(len(batch))
-    progress.close()
-    return lengths
+    return measure_rows(dataset, collator, num_workers)[0]
 
 
 class PackedDataset(Dataset):
@@ -142,4 +147,4 @@ def draw_lengths(lengths: Sequence[int], file: str | os.PathLike, max_length: in
         figure.savefig(partial, format="png")
 
 
-__all__ = ["PackedDataset", "draw_lengths", "plan_bins", "token_lengths"]
+__all__ = ["PackedDataset", "draw_lengths", "measure_rows", "plan_bins", "token_lengths"]

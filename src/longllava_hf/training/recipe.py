@@ -4,9 +4,11 @@ The paper's three stages (arXiv 2409.02889, section 3.3) on `Trainer`: a YAML fi
 on what; all of its other keys are those of [`TrainingArguments`].
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -32,7 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import TINY
 from ..files_longllava import settle, write_json
 from .collator import LongLLaVADataCollator
-from .packing import PackedDataset, draw_lengths, token_lengths
+from .packing import PackedDataset, draw_lengths, measure_rows
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,17 @@ _DEFAULTS = {
     "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing": True,
     "remove_unused_columns": False,  # pictures are made from `messages`
     "report_to": "none",
+    "prediction_loss_only": True,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 # What does not change the weights that come out, and so may be another when training is resumed.
-_FREE = re.compile(
-    r"(logging|save|eval|report|push|hub|disable|log_level|dataloader|output_dir|run_name|project|ddp|use_cpu|skip).*|resume.*"
-)
+_FREE = {
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "disable_tqdm", "eval_on_start", "eval_steps", "eval_strategy", "hub_token", "log_level", "log_level_replica",
+    "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "output_dir",
+    "per_device_eval_batch_size", "push_to_hub", "push_to_hub_token", "report_to", "run_name", "save_steps", "save_strategy",
+    "save_total_limit", "skip_memory_metrics",
+}  # fmt: skip
 
 
 @dataclass
@@ -78,12 +85,13 @@ class RecipeArguments:
 
     stage (`str`): `"align"`, `"single_image"` or `"multi_image"`: what is trained and the learning rate, unless they are
         given too.
-    data (`list[dict]`): the sources of rows. Each has a `path`: a `.jsonl` as `longllava data convert` writes it, a folder
+    data (`list[dict]`): the sources of rows. Paths are relative to where the command is run. Each has a `path`: a `.jsonl` as `longllava data convert` writes it, a folder
         of `Dataset.save_to_disk`, or what `datasets.load_dataset` takes, with its `split`; or a `builder`,
         `"FILE.py:FUNCTION"`, called with `arguments`, that returns a dataset. `rows` is how many of its rows are taken, at
         random. With a `ratio` for each, sources are drawn from by these probabilities until each has been read whole.
     model (`str`, *optional*): the checkpoint to start from, such as the `output_dir` of the stage before; by default the
         small one that ships with the package.
+    eval_data (`list[dict]`, *optional*): likewise, for the `eval_strategy` of [`TrainingArguments`]; it is not packed.
     trainable (`list[str]`, *optional*): of `"tower"`, `"projector"` and `"decoder"`.
     pack_to (`int`, *optional*): tokens of a row into which samples are packed. By default samples are padded.
     max_length (`int`, *optional*): tokens of a sample, by default `pack_to`.
@@ -94,6 +102,7 @@ class RecipeArguments:
     stage: str
     data: list[dict[str, Any]]
     model: str = TINY
+    eval_data: list[dict[str, Any]] | None = None
     trainable: list[str] | None = None
     pack_to: int | None = None
     max_length: int | None = None
@@ -101,17 +110,27 @@ class RecipeArguments:
     lazy: bool = False
 
     def __post_init__(self):
-        if self.stage not in STAGES:
+        if self.stage not in list(STAGES):
             raise ValueError(f"`stage` must be one of {list(STAGES)}, but is {self.stage!r}.")
         self.trainable = list(STAGES[self.stage].trainable) if self.trainable is None else self.trainable
-        if not self.trainable or set(self.trainable) - {"tower", "projector", "decoder"}:
-            raise ValueError(
-                f"`trainable` must be a list of 'tower', 'projector' and 'decoder', but is {self.trainable!r}."
-            )
-        if not isinstance(self.data, list) or not self.data or not all(isinstance(one, dict) for one in self.data):
-            raise ValueError(f"`data` must be a list of sources, each with a `path`, but is {self.data!r}.")
-        if self.max_length is None:
-            self.max_length = self.pack_to
+        parts = ("tower", "projector", "decoder")
+        if not isinstance(self.trainable, list) or not self.trainable or any(x not in parts for x in self.trainable):
+            raise ValueError(f"`trainable` must be a list of {list(parts)}, but is {self.trainable!r}.")
+        for name in ("data", "eval_data"):
+            sources = getattr(self, name)
+            is_list = isinstance(sources, list) and sources and all(isinstance(one, dict) for one in sources)
+            if not is_list and (name == "data" or sources is not None):
+                raise ValueError(f"`{name}` must be a list of sources, each with a `path`, but is {sources!r}.")
+        for name in ("pack_to", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a number of tokens, but is {value!r}.")
+        for name in ("truncation", "lazy"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` must be true or false, but is {getattr(self, name)!r}.")
+        self.max_length = self.pack_to if self.max_length is None else self.max_length
+        if self.pack_to is not None and self.max_length > self.pack_to:
+            raise ValueError(f"`max_length` ({self.max_length}) must not exceed `pack_to` ({self.pack_to}).")
 
 
 class JsonLines(Dataset):
@@ -138,27 +157,42 @@ class JsonLines(Dataset):
                 raise ValueError(f"`{self.file}`, sample {index}, is no JSON: {error}") from None
 
 
-def open_source(path: str | None = None, builder: str | None = None, split: str = "train", **arguments) -> Any:
+def open_source(source: dict[str, Any]) -> Any:
     """The rows of one source, by number; see [`RecipeArguments`]."""
-    if (path is None) == (builder is None):
-        raise ValueError("A source of `data` must have either a `path` or a `builder`.")
+    path, builder = source.get("path"), source.get("builder")
+    allowed = {"path", "split"} if builder is None else {"builder", "arguments"}
+    if (path is None) == (builder is None) or (unknown := sorted(source.keys() - allowed - {"ratio", "rows"})):
+        found = sorted(source) if (path is None) == (builder is None) else unknown
+        raise ValueError(
+            "A source must have either a `path`, maybe with a `split`, or a `builder`, maybe with `arguments`; then `rows`"
+            f" and `ratio`; but it has {found}."
+        )
     if builder is not None:
-        file, _, function = builder.rpartition(":")
+        file, _, name = str(builder).rpartition(":")
         if not os.path.isfile(file):
             raise FileNotFoundError(f"There is no file `{file}`, of the builder `{builder}`.")
         specification: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
-        return getattr(module, function)(**arguments)
-    if arguments:
-        raise ValueError(f"A source with a `path` has no {sorted(arguments)}.")
-    if str(path).endswith(".jsonl"):
-        return JsonLines(str(path))
+        if not hasattr(module, name):
+            raise ValueError(f"`{file}` has no function `{name}`.")
+        return getattr(module, name)(**(source.get("arguments") or {}))
+    path, split = str(path), source.get("split")
+    if path.endswith(".jsonl"):
+        if split is not None:
+            raise ValueError(f"`{path}` has no splits, but `split` is {split!r}.")
+        return JsonLines(path)
     try:
         import datasets
     except ImportError:
         raise ImportError(f"To read `{path}`, install `datasets`: pip install longllava_hf[train]") from None
-    return datasets.load_from_disk(str(path)) if os.path.isdir(str(path)) else datasets.load_dataset(path, split=split)
+    if not os.path.isdir(path):
+        return datasets.load_dataset(path, split="train" if split is None else split)
+    found = datasets.load_from_disk(path)
+    if isinstance(found, datasets.DatasetDict) != (split is not None) or (split is not None and split not in found):
+        splits = sorted(found) if isinstance(found, datasets.DatasetDict) else "none"
+        raise ValueError(f"`{path}` has the splits {splits}, but `split` is {split!r}.")
+    return found if split is None else found[split]
 
 
 class MixedDataset(Dataset):
@@ -171,22 +205,25 @@ class MixedDataset(Dataset):
     """
 
     def __init__(self, sources: list[dict[str, Any]], seed: int = 0):
-        indices = []
         ratios: list[Any] = [source.get("ratio") for source in sources]
-        self.sources: list[Any] = []
-        for number, source in enumerate(sources):
-            names = {key: value for key, value in source.items() if key not in ("ratio", "rows", "arguments")}
-            rows = open_source(**names, **(source.get("arguments") or {}))
-            count, wanted = len(rows), source.get("rows")
-            if not count or (wanted is not None and not 0 < wanted <= count):
-                raise ValueError(f"`rows` of {names} must be from 1 to {count}, as it has so many, but is {wanted}.")
+        if any(ratio is not None for ratio in ratios) and not all(_is_positive(ratio) for ratio in ratios):
+            raise ValueError(f"Either all sources have a positive `ratio` or none, but they are {ratios}.")
+        self.names = [str(source.get("path", source.get("builder"))) for source in sources]
+        self.sources, indices = [], []
+        for number, (source, name) in enumerate(zip(sources, self.names)):
+            rows, wanted = open_source(source), source.get("rows")
+            count = len(rows)
+            if not count:
+                raise ValueError(f"`{name}` has no rows.")
+            if wanted is not None and not (type(wanted) is int and 0 < wanted <= count):
+                raise ValueError(
+                    f"`rows` of `{name}` must be from 1 to {count}, as it has so many, but is {wanted!r}."
+                )
             chosen = torch.arange(count)
             if wanted is not None:
                 chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
             self.sources.append(rows)
             indices.append([(number, row) for row in chosen.tolist()])
-        if len({ratio is None for ratio in ratios}) > 1:
-            raise ValueError(f"Either all sources of `data` have a `ratio` or none, but they are {ratios}.")
         self.indices = [pair for pairs in indices for pair in pairs]
         if ratios[0] is not None:
             import datasets
@@ -200,8 +237,15 @@ class MixedDataset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        source, row = self.indices[index]
-        return self.sources[source][row]
+        source, number = self.indices[index]
+        row = self.sources[source][number]
+        if isinstance(row, dict) and row.get("id") is None:
+            return {"id": f"{self.names[source]}, row {number}", **{key: row[key] for key in row if key != "id"}}
+        return row
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _as_float(key: str, value: str, file: str | os.PathLike) -> float:
@@ -227,7 +271,7 @@ def read_recipe(file: str | os.PathLike) -> tuple[RecipeArguments, TrainingArgum
     if not isinstance(content, dict) or {"stage", "data", "output_dir"} - content.keys():
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"`{file}` must have the keys stage, data and output_dir, but has {found}.")
-    stage = STAGES.get(content["stage"])
+    stage = STAGES[content["stage"]] if content["stage"] in list(STAGES) else None
     defaults: dict[str, Any] = {**_DEFAULTS, "bf16": torch.cuda.is_available()}
     if stage is not None:
         defaults.update(learning_rate=stage.learning_rate)
@@ -242,8 +286,22 @@ def read_recipe(file: str | os.PathLike) -> tuple[RecipeArguments, TrainingArgum
         recipe, arguments = parser.parse_dict({**defaults, **content})
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{file}`: {error}") from error
-    if not arguments.remove_unused_columns and arguments.train_sampling_strategy == "group_by_length":
-        raise ValueError(f"`{file}`: rows of like length are for padding; give `pack_to`, which does without it.")
+    is_evaluated = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
+    for is_wrong, message in (
+        (arguments.train_sampling_strategy == "group_by_length", "in place of `group_by_length` give `pack_to`"),
+        (
+            arguments.remove_unused_columns,
+            "`remove_unused_columns` must be false, as pictures are made from `messages`",
+        ),
+        (
+            arguments.resume_from_checkpoint is not None,
+            "a recipe is resumed by itself, without `resume_from_checkpoint`",
+        ),
+        (arguments.save_only_model, "with `save_only_model` it could not be resumed"),
+        (is_evaluated and recipe.eval_data is None, "`eval_strategy` needs `eval_data`"),
+    ):
+        if is_wrong:
+            raise ValueError(f"`{file}`: {message}.")
     return recipe, arguments
 
 
@@ -270,17 +328,15 @@ class _OnDisk(TrainerCallback):
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The last checkpoint that was saved to its end, if any. One that was not, as its process was killed or the disk was
-    full, is removed: `Trainer` would take it for the last.
+    The last checkpoint that was saved to its end, if any; one that was not, as its process was killed or the disk was full, is
+    passed over. `transformers.trainer_utils.get_last_checkpoint` would take it.
     """
     numbered = []
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
-            try:
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 json.loads((path / "trainer_state.json").read_text())  # which Trainer writes last
                 numbered.append((int(found[1]), str(path)))
-            except (OSError, ValueError):
-                shutil.rmtree(path)
     return max(numbered)[1] if numbered else None
 
 
@@ -289,7 +345,7 @@ def _check_same(file: Path, now: dict[str, Any]) -> None:
     before = json.loads(file.read_text())
     changed = [
         f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted(before.keys() & now.keys())
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -316,15 +372,17 @@ def train(file: str | os.PathLike) -> Trainer:
     processor = AutoProcessor.from_pretrained(recipe.model)
     collator = LongLLaVADataCollator(processor, recipe.max_length, truncation=recipe.truncation, lazy=recipe.lazy)
     dataset: Any = MixedDataset(recipe.data, arguments.seed)
-    lengths = token_lengths(dataset, collator, arguments.dataloader_num_workers)
+    eval_dataset = None if recipe.eval_data is None else MixedDataset(recipe.eval_data, arguments.seed)
+    lengths, checksums = measure_rows(dataset, collator, arguments.dataloader_num_workers)
     report = f"{len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}"
     if recipe.pack_to is not None:
         dataset = PackedDataset(dataset, lengths, recipe.pack_to)
         report += f", in {len(dataset):,} of {recipe.pack_to:,}, of which {100 * dataset.waste:.1f} % is empty"
 
     # Before any work is done, what would make a resumed run another one.
-    state = {key: value for key, value in arguments.to_dict().items() if not _FREE.fullmatch(key)}
-    state.update(asdict(recipe), tokens=hashlib.sha256(json.dumps(lengths).encode()).hexdigest())
+    state = {key: value for key, value in arguments.to_dict().items() if key not in _FREE}
+    state.update(asdict(recipe), processes=arguments.world_size)
+    state["rows"] = hashlib.sha256(json.dumps([lengths, checksums]).encode()).hexdigest()
     state = json.loads(json.dumps(state, default=str))
     output_dir = Path(str(arguments.output_dir))
     checkpoint = None
@@ -352,6 +410,7 @@ def train(file: str | os.PathLike) -> Trainer:
         model=model,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
         callbacks=[_OnDisk()],
