@@ -1,6 +1,8 @@
 """The token protocol, against the ids of the authors' code, and every way of passing pictures and videos."""
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -616,3 +618,6 @@ def test_labels_ask_for_no_picture(tiny_processor):
     assert batch["labels"][0, -1] == -100
     batch["labels"] = torch.tensor([7])  # a class of the whole prompt
     assert batch["labels"].tolist() == [7]
+    for again in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        again["labels"] = ids.clone()
+        assert torch.equal(again["labels"], expected)

@@ -121,7 +121,7 @@ def test_a_batch_is_padded_on_the_right(tiny_processor, tiny_model):
         ),
         ({"messages": "hello"}, r"Sample 0: .* \['str'\]"),
         ({"messages": says("hm", "x"), "processor_kwargs": {"padding": "max_length"}}, r"has \['padding'\]"),
-        ({"messages": says("hm", "x"), "processor_kwargs": {"patch_stratgy": "best_fit"}}, "patch_stratgy"),
+        ({"messages": says("hm", "x"), "processor_kwargs": {"patches": "best_fit"}}, "patches"),
         (
             {"messages": says("hm", "x", "y")},
             r"must be by 'user' and 'assistant' in turn .* \['user', 'assistant', 'user'\]",

@@ -255,7 +255,8 @@ def train(arguments: argparse.Namespace) -> None:
     from .training.recipe import train as run_recipe  # which needs PyYAML, and imports Trainer
 
     trainer = run_recipe(arguments.recipe)
-    print(f"Wrote {trainer.args.output_dir}, after {trainer.state.global_step:,} steps.")
+    if trainer.is_world_process_zero():
+        print(f"Wrote {trainer.args.output_dir}, after {trainer.state.global_step:,} steps.")
 
 
 def downcycle(arguments: argparse.Namespace) -> None:
