@@ -225,6 +225,8 @@ def test_a_sample_that_is_wrong_is_named_before_training(rows, tmp_path, capsys)
         ({"data": [{"path": str(rows), "rows": 99}]}, "must be from 1 to 24"),
         ({"data": [{"path": str(rows), "ratio": 1}, {"path": str(rows)}]}, "Either all sources"),
         ({"data": [{"builder": "gone.py:rows"}]}, "There is no file `gone.py`"),
+        ({"data": [{"builder": "gone_module:rows"}]}, "No module named 'gone_module'"),
+        ({"data": [{"builder": "json:rows"}]}, "`json` has no function `rows`"),
         ({"data": [{"path": str(rows)}], "output_dir": None}, "must have the keys"),
         ({"data": [{"path": str(rows), "split": "test"}]}, "has no splits"),
         ({"data": [{"path": str(rows), "arguments": {}}]}, "has ['arguments']"),
@@ -244,6 +246,10 @@ def test_a_sample_that_is_wrong_is_named_before_training(rows, tmp_path, capsys)
         assert not (tmp_path / "trained").exists()
 
 
+def built_rows(count: int) -> list[dict]:
+    return [{"id": str(i), "messages": []} for i in range(count)]
+
+
 def test_sources_are_mixed(rows, tmp_path):
     """One after the other, at random some of them, or by ratio; rows built in Python beside those of files."""
     (tmp_path / "build.py").write_text(
@@ -256,6 +262,9 @@ def test_sources_are_mixed(rows, tmp_path):
     assert len(set(names[:10])) == 10 and names[:10] != [str(i) for i in range(10)]
     again = MixedDataset([{"path": str(rows), "rows": 10}, built], seed=3)
     assert [again[i]["id"] for i in range(len(again))] == names
+
+    module = {"builder": "modeling_tests.test_recipe:built_rows", "arguments": {"count": 3}}
+    assert [MixedDataset([module])[i]["id"] for i in range(3)] == ["0", "1", "2"]
 
     datasets = pytest.importorskip("datasets")
     mixed = MixedDataset([{"path": str(rows), "ratio": 0.75}, {**built, "ratio": 0.25}], seed=0)

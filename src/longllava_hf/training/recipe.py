@@ -6,6 +6,7 @@ on what; all of its other keys are those of [`TrainingArguments`].
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
@@ -87,7 +88,7 @@ class RecipeArguments:
         given too.
     data (`list[dict]`): the sources of rows. Paths are relative to where the command is run. Each has a `path`: a `.jsonl` as `longllava data convert` writes it, a folder
         of `Dataset.save_to_disk`, or what `datasets.load_dataset` takes, with its `split`; or a `builder`,
-        `"FILE.py:FUNCTION"`, called with `arguments`, that returns a dataset. `rows` is how many of its rows are taken, at
+        `"FILE.py:FUNCTION"` or `"MODULE:FUNCTION"`, called with `arguments`, that returns a dataset. `rows` is how many of its rows are taken, at
         random. With a `ratio` for each, sources are drawn from by these probabilities until each has been read whole.
     model (`str`, *optional*): the checkpoint to start from, such as the `output_dir` of the stage before; by default the
         small one that ships with the package.
@@ -169,11 +170,14 @@ def open_source(source: dict[str, Any]) -> Any:
         )
     if builder is not None:
         file, _, name = str(builder).rpartition(":")
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"There is no file `{file}`, of the builder `{builder}`.")
-        specification: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        if file.endswith(".py"):
+            if not os.path.isfile(file):
+                raise FileNotFoundError(f"There is no file `{file}`, of the builder `{builder}`.")
+            specification: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
+            module = importlib.util.module_from_spec(specification)
+            specification.loader.exec_module(module)
+        else:
+            module = importlib.import_module(file)
         if not hasattr(module, name):
             raise ValueError(f"`{file}` has no function `{name}`.")
         return getattr(module, name)(**(source.get("arguments") or {}))
