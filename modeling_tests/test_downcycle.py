@@ -51,7 +51,7 @@ def test_what_becomes_of_experts(published_copy, tmp_path, monkeypatch, capsys, 
     experts = AutoModelForImageTextToText.from_pretrained(source)
     if kind == "native":
         experts.save_pretrained(source := tmp_path / "native")
-    monkeypatch.setattr(module, "_SHARD_SIZE", 50_000)  # several files
+    monkeypatch.setattr(module, "_SHARD_SIZE", 300_000)  # several files
     for number, (options, scale) in enumerate(
         (
             ([], 1),

@@ -514,6 +514,7 @@ def make(request, quantized):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WORKS)
 def test_kills_at_any_moment(tmp_path, make, kind):
     task, folder = make(kind), tmp_path / "work"  # always the same: a configuration names the tower's path
