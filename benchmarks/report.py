@@ -39,6 +39,23 @@ def time_side_by_side(candidates: dict[str, Callable], rounds: int) -> dict[str,
     return {name: {"minimum": min(s), "median": statistics.median(s)} for name, s in seconds.items()}
 
 
+def recurrence_steps() -> tuple[Callable, int]:
+    """
+    The least that a scan does: an exponential, a multiplication and a multiply-add of values that stay in the cache. A
+    function that does so, and for how many values.
+    """
+    a, b, c = torch.rand(3, 1 << 16).neg_()
+    out = torch.empty_like(a)
+
+    def run() -> None:
+        for _ in range(100):
+            torch.exp(a, out=out)
+            torch.mul(a, b, out=out)
+            torch.addcmul(c, a, b, out=out)
+
+    return run, 100 * a.numel()
+
+
 def run_apart(function: Callable, *arguments) -> Any:
     """The result of a function of a module, called in a process of its own, where nothing was allocated before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -11,7 +11,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import RESULTS, draw, machine, peak_of, print_table, run_apart, time_side_by_side, write_json
+from report import (
+    RESULTS,
+    draw,
+    machine,
+    peak_of,
+    print_table,
+    recurrence_steps,
+    run_apart,
+    time_side_by_side,
+    write_json,
+)
 from transformers import JambaConfig
 from transformers.models.jamba import modeling_jamba
 
@@ -73,16 +83,8 @@ def extra_memory(kind: str, name: str, channels: int, length: int) -> int:
 
 def floor() -> float:
     """Nanoseconds of an exponential, a multiplication and a multiply-add, of values that stay in the cache."""
-    a, b, c = torch.rand(3, 1 << 16).neg_()
-    out = torch.empty_like(a)
-
-    def run() -> None:
-        for _ in range(100):
-            torch.exp(a, out=out)
-            torch.mul(a, b, out=out)
-            torch.addcmul(c, a, b, out=out)
-
-    return time_side_by_side({"floor": run}, 5)["floor"]["minimum"] * 1e9 / (100 * a.numel())
+    run, values = recurrence_steps()
+    return time_side_by_side({"floor": run}, 5)["floor"]["minimum"] * 1e9 / values
 
 
 def compare(channels: int, whole_length: int, rounds: int, backward_values: int) -> list[dict]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, machine, peak_of, print_table, run_apart, write_json
+from report import RESULTS, machine, peak_of, print_table, recurrence_steps, run_apart, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import JambaConfig, JambaForCausalLM
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
@@ -124,16 +124,8 @@ def products_seconds(hidden_size: int) -> float:
 
 def scan_seconds() -> float:
     """Seconds of 1e9 steps of a state at the least: an exponential, a multiplication and a multiply-add, in the cache."""
-    a, b, c = torch.rand(3, 1 << 16).neg_()
-    out = torch.empty_like(a)
-
-    def run() -> None:
-        for _ in range(100):
-            torch.exp(a, out=out)
-            torch.mul(a, b, out=out)
-            torch.addcmul(c, a, b, out=out)
-
-    return in_turns({"steps": run}, 5)["steps"] * 1e9 / (100 * a.numel())
+    run, values = recurrence_steps()
+    return in_turns({"steps": run}, 5)["steps"] * 1e9 / values
 
 
 def step_beside_floor(folder: str, length: int) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,13 @@ def tiny_model():
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(longllava_hf.TINY).eval()
+
+
+def free_port() -> int:
+    """Of this machine, free a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def small_config(**kwargs) -> LongLLaVAConfig:

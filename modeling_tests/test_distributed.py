@@ -4,7 +4,6 @@ Two processes, on a CPU through gloo, that train one model on unlike batches: ag
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,19 +15,13 @@ import torch
 from longllava_hf import LongLLaVAForConditionalGeneration
 
 from . import distributed_worker
-from .conftest import published
+from .conftest import free_port, published
 
 
 pytestmark = pytest.mark.slow
 
 WORLD = 2
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(folder: Path, *ways: str) -> None:

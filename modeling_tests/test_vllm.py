@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from socket import socket
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from longllava_hf.checkpoint_longllava import expected_shapes, has_vision_tower
 from longllava_hf.convert import convert_checkpoint
 from longllava_hf.serving.vllm_plugin import to_vllm_name
 
-from .conftest import KINDS, golden, published
+from .conftest import KINDS, free_port, golden, published
 
 
 EXAMPLES = Path(longllava_hf.__file__).parents[2] / "examples"
@@ -311,9 +310,7 @@ def test_dense_and_without_a_tower_of_its_own(published_copy):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("vllm") / "log"
     options = {
         "--port": port,

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pytest
 
 from longllava_hf import TINY
 
+from .conftest import free_port
 from .test_longllava_tiny import DIGITS, FILM
 
 
@@ -40,12 +40,6 @@ def watch(event, arguments):
             open({file!r}, "a").write(f"{{event}} {{host}}\\n")
 sys.addaudithook(watch)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextlib.contextmanager

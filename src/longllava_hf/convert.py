@@ -160,6 +160,26 @@ def _read_progress(progress: Path) -> tuple[dict[str, Any], dict[str, dict[str, 
         raise OSError(message) from error
 
 
+def local_folder(source: str) -> Path:
+    """A checkpoint's folder, any save of it that was interrupted finished first; of a Hub id, what is fetched."""
+    if not os.path.isdir(source):
+        return Path(snapshot_download(source))
+    finish_save(source)
+    return Path(source)
+
+
+def shard_name(number: int, total: int) -> str:
+    """Of the `number`-th of `total` files of weights, from 1 on."""
+    return "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Which file of a folder holds each weight, where there are several."""
+    if set(weight_map.values()) != {shard_name(1, 1)}:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
 def convert_checkpoint(source: str, destination: str, to: Literal["native", "published"] = "native") -> Path:
     """
     Rewrite a checkpoint in another layout. Only names change, never a value.
@@ -187,9 +207,7 @@ def convert_checkpoint(source: str, destination: str, to: Literal["native", "pub
     if os.path.lexists(target) and not (target / _PROGRESS_FILE).is_file():
         raise FileExistsError(f"The destination `{target}` exists already.")
     partial = target.with_name(target.name + ".partial")
-    if os.path.isdir(source):
-        finish_save(source)
-    folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(source))
+    folder = local_folder(source)
     _check_folders(folder, target, partial)
     config = LongLLaVAConfig.from_pretrained(folder)
     paths = checkpoint_files(folder)
@@ -230,7 +248,7 @@ def _convert_shards(
     weight_map, total_size = {}, 0
     shards: list[Path | None] = [*files] if has_tower else [*files, None]
     for number, file in enumerate(logging.tqdm(shards, desc="Converting", unit=" shards"), 1):
-        shard = "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+        shard = shard_name(number, total)
         tensors = load_vision_tower(config, folder) if file is None else read_lazily([str(file)])
         weight_map.update({rename(name): shard for name in tensors})
         if not _is_whole(partial / shard, finished.get(shard)):
@@ -241,9 +259,7 @@ def _convert_shards(
             finished[shard] = {"size": (partial / shard).stat().st_size, "sha256": hash_file(partial / shard)}
             write_json(progress, {"job": job, "finished": finished})
         total_size += finished[shard]["size"]
-    if total > 1:
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(partial / "model.safetensors.index.json", index)
+    write_index(partial, weight_map, total_size)
     return finished
 
 
@@ -284,4 +300,4 @@ def _write_tower(partial: Path, config: LongLLaVAConfig) -> None:
         tower.to(next(iter(weights.values())).dtype).save_pretrained(partial / _TOWER_FOLDER)
 
 
-__all__ = ["check_source", "convert_checkpoint", "write_settings"]
+__all__ = ["check_source", "convert_checkpoint", "local_folder", "shard_name", "write_index", "write_settings"]

@@ -106,9 +106,8 @@ class LongLLaVABatchFeature(BatchFeature):
             and isinstance(ids, torch.Tensor)
             and self.image_token_id is not None
         ):
-            value = (
-                value.clone() if value.data_ptr() == ids.data_ptr() else value
-            )  # else whoever has it may go on masking
+            # In place, as whoever has it may go on masking, unless it is the ids themselves.
+            value = value.clone() if value.data_ptr() == ids.data_ptr() else value
             if value.shape == ids.shape:
                 value[ids == self.image_token_id] = -100
         super().__setitem__(key, value)

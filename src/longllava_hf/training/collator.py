@@ -277,9 +277,8 @@ class LongLLaVADataCollator:
         for start, end in spans_of_texts[0]:
             said = ((offsets[:, 1] > start) & (offsets[:, 0] < end)).nonzero()[:, 0]
             labels[said] = input_ids[said]
-            labels[said[-1]] = (
-                tokenizer.eos_token_id
-            )  # what the input has there is a line break, unless it is the last
+            # What the input has there is a line break, unless it is the last turn.
+            labels[said[-1]] = tokenizer.eos_token_id
         pixel_values = inputs.get("pixel_values")
         if pixel_values is not None and not isinstance(pixel_values, LazyPixelValues):
             pixel_values = torch.as_tensor(pixel_values)

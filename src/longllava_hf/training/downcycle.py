@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers.utils import logging
 
@@ -21,8 +20,8 @@ from ..checkpoint_longllava import (
     to_native_name,
 )
 from ..configuration_longllava import LongLLaVAConfig, has_own_decoder
-from ..convert import check_source, write_settings
-from ..files_longllava import settle, sync, temporary_folder, write_errors, write_json
+from ..convert import check_source, local_folder, shard_name, write_index, write_settings
+from ..files_longllava import settle, sync, temporary_folder, write_errors
 
 
 _EXPERT = re.compile(r"(.+\.feed_forward)\.experts\.(\d+)\.(.+)")
@@ -115,7 +114,7 @@ def downcycle(
     if not math.isfinite(down_scale):
         raise ValueError(f"`down_scale` must be finite, but is {down_scale}.")
     expert = expert or 0
-    folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(source))
+    folder = local_folder(source)
     config = LongLLaVAConfig.from_pretrained(folder)
     text: Any = config.text_config
     if not has_own_decoder(config) or max(text.layers_num_experts) == 1:
@@ -166,15 +165,10 @@ def downcycle(
                 flush()
         if shard:
             flush()
-        final = [
-            "model.safetensors" if len(written) == 1 else f"model-{n:05}-of-{len(written):05}.safetensors"
-            for n in range(1, len(written) + 1)
-        ]
+        final = [shard_name(number, len(written)) for number in range(1, len(written) + 1)]
         for path, name in zip(written, final):
             path.rename(partial / name)
-        if len(written) > 1:
-            index = {"weight_map": {name: final[n - 1] for name, n in weight_map.items()}}
-            write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total_size}, **index})
+        write_index(partial, {name: final[number - 1] for name, number in weight_map.items()}, total_size)
         write_settings(folder, partial, config, "native", keep={Path(file).name for file in files})
         settle(partial)
         os.replace(partial, target)

@@ -290,7 +290,6 @@ def read_recipe(file: str | os.PathLike) -> tuple[RecipeArguments, TrainingArgum
         recipe, arguments = parser.parse_dict({**defaults, **content})
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{file}`: {error}") from error
-    is_evaluated = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
     for is_wrong, message in (
         (arguments.train_sampling_strategy == "group_by_length", "in place of `group_by_length` give `pack_to`"),
         (
@@ -302,7 +301,7 @@ def read_recipe(file: str | os.PathLike) -> tuple[RecipeArguments, TrainingArgum
             "a recipe is resumed by itself, without `resume_from_checkpoint`",
         ),
         (arguments.save_only_model, "with `save_only_model` it could not be resumed"),
-        (is_evaluated and recipe.eval_data is None, "`eval_strategy` needs `eval_data`"),
+        (arguments.eval_strategy != "no" and recipe.eval_data is None, "`eval_strategy` needs `eval_data`"),
     ):
         if is_wrong:
             raise ValueError(f"`{file}`: {message}.")
