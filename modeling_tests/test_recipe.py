@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 import longllava_hf
 from longllava_hf.cli import main
+from longllava_hf.training import plan_bins
 from longllava_hf.training.recipe import MixedDataset, last_checkpoint, read_recipe, train
 
 
@@ -105,6 +106,13 @@ def test_three_stages(rows, tmp_path, capsys):
     assert Image.open(Path(folder, "lengths.png")).format == "PNG"
     # It is a checkpoint like any other.
     assert main(["ask", "--model", folder, str(Path(rows).with_name("1.png")), "Which digit is this?"]) == 0
+
+
+def test_rows_in_order_are_packed_in_order(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("longllava_hf.training.recipe.PACKED_IN_ORDER", 6)
+    keys = {"data": [{"path": str(rows)}], "max_steps": 1, "train_sampling_strategy": "sequential"}
+    packed = train(write(tmp_path, **keys)).train_dataset
+    assert packed.bins == plan_bins(packed.lengths, 96, window=6) != plan_bins(packed.lengths, 96)
 
 
 @pytest.mark.slow

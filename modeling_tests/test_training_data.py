@@ -171,6 +171,12 @@ def test_bins_hold_everything_once():
     assert all(sum(lengths[row] for row in rows) <= 4096 for rows in bins)
     assert bins == plan_bins(lengths, 4096) and 1 - sum(lengths) / (4096 * len(bins)) < 0.01
     assert plan_bins([5, 5, 5, 10], 10) == [[0, 1], [2], [3]]
+    in_order = plan_bins(lengths, 4096, window=100)
+    assert sorted(row for rows in in_order for row in rows) == list(range(len(lengths)))
+    windows = [{row // 100 for row in rows} for rows in in_order]
+    assert all(len(window) == 1 for window in windows) and windows == sorted(windows, key=min)
+    with pytest.raises(ValueError, match="`window` must be a number of rows, but is 0"):
+        plan_bins(lengths, 4096, window=0)
     with pytest.raises(
         ValueError, match=r"2 of 3 rows have more than `max_length` \(10\) tokens: rows \[0, 2\].* \(2\) 12"
     ):

@@ -10,12 +10,17 @@
 | `tasks`     | rows of the stages: `tiny.tasks:align`, `tiny.tasks:single_image`, `tiny.tasks:multi_image`         |
 | `tower`     | the vision tower, which LongLLaVA takes ready-made                                                  |
 | `model`     | tokenizer, configuration, processor                                                                 |
-| `prototype` | the decoder, which LongLLaVA takes ready-made too; and the stages in a plain loop                   |
+| `decoder`   | the decoder, which LongLLaVA takes ready-made too                                                   |
 | `evaluate`  | the published numbers                                                                               |
+| `ablation`  | what pooling, the hybrid decoder, the stages and replay are worth                                   |
 
-With `scripts` on PYTHONPATH:
+In a folder with room for them, with `scripts` on PYTHONPATH as `SCRIPTS`, two cores and about three hours:
 
     python -m tiny.assets
     python -m tiny.tower --output tower
-    python -m tiny.prototype text --tower tower --output decoder --muon-rate 0.02
+    python -m tiny.decoder --tower tower --output decoder
+    longllava train SCRIPTS/tiny/align.yaml
+    longllava train SCRIPTS/tiny/single_image.yaml
+    longllava train SCRIPTS/tiny/multi_image.yaml
+    python -m tiny.evaluate multi_image
 """

@@ -3,7 +3,7 @@
 
 import math
 import random
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image
@@ -12,11 +12,16 @@ from sklearn.datasets import load_digits, load_sample_images
 from .assets import ARTISTS, TRAIN_FOOTAGE, cut_outs, footage
 
 
-IMAGE_SIZE = 96
-# What the processor pads a picture to a square with: the mean of CLIP's pictures.
+# Pictures are squares of this side.
+IMAGE_SIZE = 64
+# What the processor pads others to squares with: the mean of CLIP's pictures.
 PADDING = (122, 116, 104)
-# Width and height of what is pictured within the square: squares, and films of several shapes.
-SHAPES = [(96, 96), (96, 96), (96, 72), (96, 79), (96, 54)]
+# Heights of 16:9 and 4:3 within the square.
+WIDE = (36, 48)
+# The longer side of an object, in units of the picture's side: a tower this small needs objects that fill a picture.
+SCALE = (0.8, 1.0)
+# An object turns by up to so many degrees, mostly by less.
+TURN = 12
 
 
 @cache
@@ -29,7 +34,7 @@ def digit_scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"test": (scans[:held_out], digits[:held_out]), "train": (scans[held_out:], digits[held_out:])}
 
 
-def draw_digit(scan: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def draw_digit(scan: np.ndarray, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> np.ndarray:
     """A scan as a picture `(height, width, 3)` of `size` (width, height): white on black, as large as fits."""
     side = min(size)
     canvas = np.zeros((size[1], size[0], 3), dtype=np.uint8)
@@ -50,15 +55,20 @@ def distort(scan: np.ndarray, rng: random.Random) -> np.ndarray:
     return np.asarray(image.resize((16, 16), Image.Resampling.BOX))
 
 
-def pad(picture: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
-    """A picture in the middle of a square, as the processor pads it."""
-    height, width = picture.shape[:2]
-    if (height, width) == (size, size):
+def shorten(picture: np.ndarray, height: int) -> np.ndarray:
+    """The middle of a picture, so many rows of it."""
+    top = (len(picture) - height) // 2
+    return picture[top : top + height]
+
+
+def pad(picture: np.ndarray) -> np.ndarray:
+    """A wide picture in the middle of a square, as the processor pads it."""
+    missing = picture.shape[1] - picture.shape[0]
+    if not missing:
         return picture
-    square = np.empty((size, size, 3), dtype=np.uint8)
+    square = np.empty((picture.shape[1], *picture.shape[1:]), dtype=np.uint8)
     square[:] = PADDING
-    top, left = (size - height) // 2, (size - width) // 2
-    square[top : top + height, left : left + width] = picture
+    square[missing // 2 : missing // 2 + len(picture)] = picture
     return square
 
 
@@ -70,7 +80,7 @@ STYLES = ("own", "own", "pen", "comic", "flat", "line")
 
 
 def paste(
-    background: np.ndarray, cut_out: Image.Image, rng: random.Random, scale: tuple[float, float] = (0.6, 1.0)
+    background: np.ndarray, cut_out: Image.Image, rng: random.Random, scale: tuple[float, float] = SCALE
 ) -> np.ndarray:
     """
     A cut-out on a background, at random scale, turn, light and place.
@@ -78,11 +88,12 @@ def paste(
     Args:
         background (`np.ndarray` of shape `(height, width, 3)`, uint8).
         cut_out (`Image.Image`): RGBA, premultiplied.
-        scale (`tuple[float, float]`): its longer side, in units of the background's shorter one.
+        scale (`tuple[float, float]`, *optional*): its longer side, in units of the background's shorter one; by default
+            [`SCALE`].
     """
     height, width = background.shape[:2]
     size = rng.uniform(*scale) * min(height, width)
-    angle, squeeze = math.radians(rng.triangular(-25, 25)), rng.uniform(0.85, 1.15)
+    angle, squeeze = math.radians(rng.triangular(-TURN, TURN)), rng.uniform(0.85, 1.15)
     center_x = rng.uniform(0.45 * size, width - 0.45 * size)
     center_y = rng.uniform(0.45 * size, height - 0.45 * size)
     ratio = cut_out.width / size
@@ -104,12 +115,11 @@ def paste(
 # ---- Footage.
 
 
-def crop(image: Image.Image, size: tuple[int, int], rng: random.Random) -> np.ndarray:
-    """A part of a picture, mirrored, darkened or brightened, as `(height, width, 3)`."""
-    scale = min(image.width / size[0], image.height / size[1]) * math.sqrt(rng.uniform(0.12, 1.0))
-    width, height = scale * size[0], scale * size[1]
-    x, y = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    part = image.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + width, y + height), reducing_gap=2.0)
+def crop(image: Image.Image, size: int, rng: random.Random) -> np.ndarray:
+    """A part of a picture, mirrored, darkened or brightened, as `(size, size, 3)`."""
+    side = min(image.width, image.height) * math.sqrt(rng.uniform(0.12, 1.0))
+    x, y = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    part = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side), reducing_gap=2.0)
     pixels = np.asarray(part, dtype=np.float32)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
@@ -120,40 +130,38 @@ def crop(image: Image.Image, size: tuple[int, int], rng: random.Random) -> np.nd
     return (pixels.clip(0, 255) * tint).clip(0, 255).astype(np.uint8)
 
 
-def plain(size: tuple[int, int], rng: random.Random) -> np.ndarray:
+def plain(rng: random.Random) -> np.ndarray:
     """No footage: a colour, or one that changes into another."""
     first = np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32)
     second = first if rng.random() < 0.5 else np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32)
     if rng.random() < 0.3:
         first = second = np.full(3, 255, dtype=np.float32)
-    along = np.linspace(0, 1, size[0], dtype=np.float32)[None, :, None]
-    across = np.linspace(0, 1, size[1], dtype=np.float32)[:, None, None]
+    along = np.linspace(0, 1, IMAGE_SIZE, dtype=np.float32)
     turn = rng.uniform(0, 1)
-    mix = turn * along + (1 - turn) * across
+    mix = turn * along[None, :, None] + (1 - turn) * along[:, None, None]
     return (first * (1 - mix) + second * mix).astype(np.uint8)
 
 
 @cache
-def scenes(per_scene: int = 24, seed: int = 0) -> dict[tuple[int, int], list[list[np.ndarray]]]:
+def scenes(per_film: int = 100, seed: int = 0) -> list[list[np.ndarray]]:
     """
-    Training footage by its shape: scenes of frames that follow one another, each scene seen through a window of its
-    own, and windows of the photographs that move.
+    Training footage: scenes of frames that follow one another, each seen through a window of its own, and windows of the
+    photographs that move.
     """
     rng = random.Random(seed)
     films = [footage(name) for name in TRAIN_FOOTAGE]
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
-    result: dict[tuple[int, int], list[list[np.ndarray]]] = {}
-    for size in dict.fromkeys(SHAPES):
-        for _ in range(per_scene):
-            for film in films:
-                start, state = rng.randrange(len(film)), rng.getstate()
-                scene = []
-                for frame in range(start, min(start + 40, len(film))):
-                    rng.setstate(state)
-                    scene.append(crop(film[frame], size, rng))
-                result.setdefault(size, []).append(scene)
-            for photograph in photographs:
-                result[size].append([crop(photograph, size, rng) for _ in range(12)])
+    result = []
+    for _ in range(per_film):
+        for film in films:
+            start, state = rng.randrange(len(film)), rng.getstate()
+            scene = []
+            for frame in range(start, min(start + 40, len(film))):
+                rng.setstate(state)
+                scene.append(crop(film[frame], IMAGE_SIZE, rng))
+            result.append(scene)
+        for photograph in photographs:
+            result.append([crop(photograph, IMAGE_SIZE, rng) for _ in range(12)])
     return result
 
 
@@ -170,25 +178,44 @@ class Pictures:
 
     def __init__(self, nouns: list[str]):
         self.nouns = nouns
-        self.by_noun = {noun: [artist for artist in ARTISTS if noun in cut_outs(artist, "own")] for noun in nouns}
 
-    def background(self, size: tuple[int, int], rng: random.Random) -> np.ndarray:
-        if rng.random() < 0.2:
-            return plain(size, rng)
-        return rng.choice(rng.choice(scenes()[size]))
+    @cached_property
+    def by_noun(self) -> dict[str, list[str]]:
+        """The artists that drew each."""
+        return {noun: [artist for artist in ARTISTS if noun in cut_outs(artist, "own")] for noun in self.nouns}
+
+    def background(self, rng: random.Random) -> np.ndarray:
+        return plain(rng) if rng.random() < 0.2 else rng.choice(rng.choice(scenes()))
 
     def object(
-        self, noun: str, rng: random.Random, background: np.ndarray | None = None, easy: bool = False
+        self,
+        noun: str,
+        rng: random.Random,
+        background: np.ndarray | None = None,
+        easy: bool = False,
+        height: int = IMAGE_SIZE,
     ) -> np.ndarray:
         """
-        A noun on a background `(height, width, 3)` of any size; by default one of the shapes of [`SHAPES`].
+        A noun on a background `(size, size, 3)`, by default any.
 
         Args:
             easy (`bool`, defaults to `False`): as the artist drew it, large, and nothing behind it.
+            height (`int`, defaults to [`IMAGE_SIZE`]): of the picture within the square.
         """
         drawings = cut_outs(rng.choice(self.by_noun[noun]), "own" if easy else rng.choice(STYLES))[noun]
-        if background is None:
-            background = self.background(rng.choice(SHAPES), rng)
         if easy:
-            background = plain(background.shape[1::-1], rng)
-        return paste(background, rng.choice(drawings), rng, (0.85, 1.0) if easy else (0.6, 1.0))
+            background = plain(rng)
+        elif background is None:
+            background = self.background(rng)
+        background = shorten(background, height)
+        return pad(paste(background, rng.choice(drawings), rng, (0.9, 1.0) if easy else SCALE))
+
+    def digit(self, digit: str, rng: random.Random, height: int = IMAGE_SIZE) -> np.ndarray:
+        scans, digits = digit_scans()["train"]
+        scan = scans[rng.choice(np.flatnonzero(digits == int(digit)))]
+        return pad(draw_digit(scan if rng.random() < 0.1 else distort(scan, rng), (IMAGE_SIZE, height)))
+
+    def nothing(
+        self, rng: random.Random, background: np.ndarray | None = None, height: int = IMAGE_SIZE
+    ) -> np.ndarray:
+        return pad(shorten(self.background(rng) if background is None else background, height))

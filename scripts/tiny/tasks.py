@@ -7,7 +7,7 @@ its last one, so rows are to be read in their order.
 
 | stage          | what it is like                                                                                    |
 |----------------|----------------------------------------------------------------------------------------------------|
-| `text`         | everything, with words in the place of pictures; makes the decoder a decoder, see `tiny.prototype`   |
+| `text`         | everything, with words in the place of pictures; makes the decoder a decoder, see `tiny.decoder`     |
 | `align`        | one to three pictures, named                                                                       |
 | `single_image` | one picture: objects, digits, yes and no; some rows of `text`                                      |
 | `multi_image`  | series, films, counting, order, pictures named by example; some rows of the stages before            |
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .nouns import NOUNS, UNSEEN
-from .pictures import SHAPES, Pictures, digit_scans, distort, draw_digit, pad, scenes
+from .pictures import IMAGE_SIZE, WIDE, Pictures, scenes
 
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
@@ -122,7 +122,7 @@ def all_words() -> list[str]:
 class Scene:
     """
     Pictures of which something is asked: names, pixels, and whether they are a film. Without pixels the names are
-    `"written"` as a text, or stand `"in place"` of image tokens, where only [`tiny.prototype`] reads them.
+    `"written"` as a text, or stand `"in place"` of image tokens, where only [`tiny.decoder`] reads them.
     """
 
     names: list[str]
@@ -197,35 +197,31 @@ class Stage:
     # ---- Scenes.
 
     def show(self, names: list[str], rng: random.Random, is_film: bool, words: str | None) -> Scene:
-        """Pictures of what is named; those of a film are frames of one shape, on footage that goes on."""
+        """Pictures of what is named; those of a film have one shape, and footage that goes on."""
         if words:
             return Scene(names, None, is_film, words)
-        pixels, size = [], rng.choice(SHAPES)
+        pixels: list[np.ndarray] = []
         mixed = rng.random() < 0.4 or not is_film
-        scene, at = rng.choice(scenes()[size]), 0
+        height = rng.choice(WIDE) if rng.random() < 0.3 else IMAGE_SIZE
+        scene, at = rng.choice(scenes()), 0
         for name in names:
             if is_film:
                 at += rng.choice((1, 1, 2))
                 if mixed or at >= len(scene):
-                    scene = rng.choice(scenes()[size])
+                    scene = rng.choice(scenes())
                     at = rng.randrange(len(scene))
                 background = scene[at]
             else:
                 background = None
+            if not is_film:
+                height = rng.choice(WIDE) if rng.random() < 0.15 else IMAGE_SIZE
             if name == NOTHING:
-                if background is None:
-                    background = rng.choice(rng.choice(scenes()[rng.choice(SHAPES)]))
-                pixels.append(pad(background))
+                pixels.append(self.pictures.nothing(rng, background, height))
             elif name.isdigit():
-                pixels.append(self.digit(name, rng, size if is_film else rng.choice(SHAPES)))
+                pixels.append(self.pictures.digit(name, rng, height))
             else:
-                pixels.append(pad(self.pictures.object(name, rng, background)))
+                pixels.append(self.pictures.object(name, rng, background, height=height))
         return Scene(names, pixels, is_film)
-
-    def digit(self, name: str, rng: random.Random, size: tuple[int, int]) -> np.ndarray:
-        scans, digits = digit_scans()["train"]
-        scan = scans[rng.choice(np.flatnonzero(digits == int(name)))]
-        return pad(draw_digit(scan if rng.random() < 0.1 else distort(scan, rng), size))
 
     def thing(self, rng: random.Random, digits: float = 0.1) -> str:
         return rng.choice(DIGITS) if rng.random() < digits else rng.choice(self.nouns)
@@ -271,8 +267,8 @@ class Stage:
             scene.turns.append((rng.choice(DRILL).format(places=asked), answer))
         elif kind < 0.75 and count <= 6:
             scene.turns.append((rng.choice(LIST_DIGITS if are_digits else LIST), ", ".join(names)))
-        for place in rng.sample(range(count), min(count, 3)):
-            if names.count(names[place]) == 1 and rng.random() < 0.3 and not are_digits:
+        for place in rng.sample(range(count), min(count, 5)):
+            if names.count(names[place]) == 1 and rng.random() < 0.4 and not are_digits:
                 scene.turns.append((rng.choice(WHERE).format(a=with_article(names[place])), ORDINALS[place]))
             else:
                 question = rng.choice(DIGIT_PLACE if are_digits and rng.random() < 0.7 else PLACE)
@@ -370,7 +366,7 @@ class Stage:
         labels = dict(zip(things, rng.sample(LABELS, len(things))))
         shown = things * rng.randint(1, 1 + int(min(4, 6 * progress)))
         rng.shuffle(shown)
-        queries = [rng.choice(things) for _ in range(rng.randint(2, 4))]
+        queries = [rng.choice(things) for _ in range(rng.randint(4, 8))]
         pixels = self.show(shown + queries, rng, False, words).pixels
         row: dict = {"messages": [], "images": [], "videos": []}
         if pixels is not None:

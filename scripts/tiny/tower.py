@@ -26,7 +26,7 @@ from longllava_hf.modeling_longllava import pool_patches
 
 from .assets import ARTISTS, HELD_OUT_ARTIST, STAMPS, TEST_FOOTAGE, cut_outs, footage
 from .nouns import NOUNS
-from .pictures import IMAGE_SIZE, SHAPES, Pictures, crop, digit_scans, distort, draw_digit, pad, paste
+from .pictures import IMAGE_SIZE, WIDE, Pictures, crop, digit_scans, draw_digit, pad, paste, shorten
 
 
 CLASSES = [*NOUNS, *map(str, range(10)), "nothing"]
@@ -34,7 +34,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def tower_config(hidden_size=192, intermediate_size=384, layers=6, heads=3, patch_size=16) -> CLIPVisionConfig:
+def tower_config(hidden_size=160, intermediate_size=320, layers=6, heads=4, patch_size=8) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -47,12 +47,8 @@ def tower_config(hidden_size=192, intermediate_size=384, layers=6, heads=3, patc
 
 
 def normalize(pictures: list[np.ndarray]) -> torch.Tensor:
-    """uint8 pictures as the image processor gives them, `(n, 3, height, width)`."""
+    """uint8 pictures as the image processor gives them, `(n, 3, size, size)`."""
     return (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
-
-
-# Side of a window of a picture.
-WINDOW = 64
 
 
 class NamingTower(nn.Module):
@@ -70,29 +66,14 @@ class NamingTower(nn.Module):
     def layers(self) -> nn.Module:
         return getattr(self.tower, "vision_model", self.tower)  # before Transformers 5.20 one level deeper
 
-    def features(self, pixel_values: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        What LongLLaVA pools, `(n, tokens, hidden_size)`: the last states before the final norm.
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What LongLLaVA pools, `(n, tokens, hidden_size)`: the last states before the final norm."""
+        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return pool_patches(hidden, "2d")
 
-        Args:
-            pixel_values (`torch.Tensor` of shape `(n, 3, height, width)`): whole pictures, or windows of them.
-            places (`torch.Tensor` of shape `(patches,)`, *optional*): of a window's patches in a whole picture.
-        """
-        if places is None:
-            hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-            return pool_patches(hidden, "2d")
-        embeddings = self.layers.embeddings
-        hidden = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        first = embeddings.class_embedding.expand(len(hidden), 1, -1)
-        positions = embeddings.position_embedding(torch.cat([torch.zeros(1, dtype=torch.long), places + 1]))
-        hidden = self.layers.pre_layrnorm(torch.cat([first, hidden], dim=1) + positions)
-        return pool_patches(self.layers.encoder(inputs_embeds=hidden).last_hidden_state[:, 1:], "2d")
-
-    def forward(
-        self, pixel_values: torch.Tensor, places: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the whole picture `(n, classes)`, and of each pooled patch `(n, tokens, classes)`."""
-        tokens = self.features(pixel_values, places)
+        tokens = self.features(pixel_values)
         tokens = self.norm(tokens.flatten(0, 1)).view_as(tokens)
         return self.classifier(tokens.mean(dim=1)), self.classifier(tokens)
 
@@ -155,34 +136,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def training_batch(
-    pictures: Pictures, step: int, size: int, seed: int, ease: float = 0.0, window: int = IMAGE_SIZE
+    pictures: Pictures, step: int, size: int, seed: int, ease: float = 0.0, wide: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Batch `step`, always the same.
 
     Args:
         ease (`float`, defaults to 0): share of pictures that are large, as their artists drew them, with nothing behind.
-        window (`int`): side of the pictures. Those smaller than [`IMAGE_SIZE`] are squares without padding.
+        wide (`float`, defaults to 0): share of pictures that are wider than high.
     """
     rng = random.Random(f"tower-{seed}-{step}")
     images, labels = [], []
     for _ in range(size):
-        shape = rng.choice(SHAPES) if window == IMAGE_SIZE else (IMAGE_SIZE, IMAGE_SIZE)
-        background = pictures.background(shape, rng)
-        if window < IMAGE_SIZE:
-            left, top = rng.randrange(IMAGE_SIZE - window), rng.randrange(IMAGE_SIZE - window)
-            background = background[top : top + window, left : left + window]
+        height = rng.choice(WIDE) if wide and rng.random() < wide else IMAGE_SIZE
         kind = rng.random()
         if kind < 0.08:
-            scans, digits = digit_scans()["train"]
-            index = rng.randrange(len(digits))
-            image, name = draw_digit(distort(scans[index], rng), background.shape[1::-1]), str(digits[index])
-        elif kind < 0.16:
-            name, image = "nothing", background
+            name = str(rng.randrange(10))
+            image = pictures.digit(name, rng, height)
+        elif kind < 0.18:
+            name, image = "nothing", pictures.nothing(rng, height=height)
         else:
             name = rng.choice(NOUNS)
-            image = pictures.object(name, rng, background, easy=rng.random() < ease)
-        images.append(pad(image, window))
+            image = pictures.object(name, rng, easy=rng.random() < ease, height=height)
+        images.append(image)
         labels.append(CLASSES.index(name))
     pixels = normalize(images)
     generator = torch.Generator().manual_seed(rng.getrandbits(31))
@@ -194,18 +170,25 @@ def test_pictures(seed: int = 1, cases: int = 400) -> dict[str, tuple[torch.Tens
     rng = random.Random(seed)
     frames = footage(TEST_FOOTAGE)
     result = {}
-    for name, artists in (("trained", ARTISTS), ("held-out artist", [HELD_OUT_ARTIST]), ("photographs", [STAMPS])):
+    for name, artists in (
+        ("trained", ARTISTS),
+        ("held-out artist", [HELD_OUT_ARTIST]),
+        ("photographs", [STAMPS]),
+        ("trained, wide", ARTISTS),
+    ):
         images, labels = [], []
         for _ in range(cases):
             bank = cut_outs(rng.choice(artists))
             noun = rng.choice([noun for noun in NOUNS if noun in bank])
-            images.append(pad(paste(crop(rng.choice(frames), rng.choice(SHAPES), rng), rng.choice(bank[noun]), rng)))
+            background = crop(rng.choice(frames), IMAGE_SIZE, rng)
+            background = shorten(background, rng.choice(WIDE) if name.endswith("wide") else IMAGE_SIZE)
+            images.append(pad(paste(background, rng.choice(bank[noun]), rng)))
             labels.append(CLASSES.index(noun))
         result[name] = normalize(images), torch.tensor(labels)
     scans, digits = digit_scans()["test"]
-    images = [pad(draw_digit(scan, rng.choice(SHAPES))) for scan in scans]
+    images = [draw_digit(scan) for scan in scans]
     result["digits"] = normalize(images), torch.tensor([CLASSES.index(str(digit)) for digit in digits])
-    images = [pad(crop(rng.choice(frames), rng.choice(SHAPES), rng)) for _ in range(cases)]
+    images = [crop(rng.choice(frames), IMAGE_SIZE, rng) for _ in range(cases)]
     result["footage"] = normalize(images), torch.full((cases,), CLASSES.index("nothing"))
     return result
 
@@ -227,7 +210,6 @@ def train(
     config: CLIPVisionConfig,
     steps: int,
     batch: int,
-    windows: float,
     muon_rate: float,
     learning_rate: float,
     seed: int,
@@ -254,20 +236,15 @@ def train(
         model.prepare(training_batch(pictures, 0, 512, seed + 1)[0])
     started, losses = time.process_time() - spent, []
     for step in range(first, steps):
-        rate = min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        progress = step / steps
+        rate = min(1, (step + 1) / 200) * min(1, (1 - progress) / 0.7)
         for optimizer, highest in zip(optimizers, (learning_rate, muon_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = highest * rate
-        # First small windows, which show things as large as they are in a film's frame at less than half the price.
-        progress, places = step / steps, None
-        if progress < windows:
-            side, part = config.image_size // config.patch_size, WINDOW // config.patch_size
-            rng = random.Random(f"window-{seed}-{step}")
-            left, top = rng.randrange(side - part + 1), rng.randrange(side - part + 1)
-            places = (torch.arange(top, top + part)[:, None] * side + torch.arange(left, left + part)).flatten()
-        window = IMAGE_SIZE if places is None else WINDOW
-        pixels, labels = training_batch(pictures, step, batch, seed, 1 - 2.5 * progress, window)
-        whole, tokens = model(pixels, places)
+        pixels, labels = training_batch(
+            pictures, step, batch, seed, 1 - 20 * progress, wide=0.25 if progress > 0.3 else 0.0
+        )
+        whole, tokens = model(pixels)
         loss = functional.cross_entropy(whole, labels, label_smoothing=0.05)
         each = functional.cross_entropy(
             tokens.flatten(0, 1), labels.repeat_interleave(tokens.shape[1]), label_smoothing=0.05
@@ -299,19 +276,16 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--windows", type=float, default=0.6, help="share of the steps that see windows")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     for name in ("hidden_size", "intermediate_size", "layers", "heads", "patch_size"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
-    named = {
-        name: arguments.pop(name)
-        for name in ("output", "steps", "batch", "windows", "muon_rate", "learning_rate", "seed")
-    }
+    options = ("output", "steps", "batch", "muon_rate", "learning_rate", "seed")
+    named = {name: arguments.pop(name) for name in options}
     train(config=tower_config(**arguments), **named)
 
 

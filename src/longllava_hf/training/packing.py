@@ -15,13 +15,15 @@ from ..files_longllava import atomic_write
 from .collator import LongLLaVADataCollator
 
 
-def plan_bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def plan_bins(lengths: Sequence[int], max_length: int, window: int | None = None) -> list[list[int]]:
     """
     Which rows share a bin: the longest first, each where it fits best.
 
     Args:
         lengths (`list[int]`): tokens of each row.
         max_length (`int`): tokens of a bin.
+        window (`int`, *optional*): where rows are to keep their order, such as that of a curriculum: only so many rows that
+            follow one another are packed together, then the next ones.
 
     Returns:
         `list[list[int]]`: the rows of each bin, by number. All are there, once, and the same whenever this is called.
@@ -36,6 +38,12 @@ def plan_bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
             f"{len(too_long)} of {len(lengths)} rows have more than `max_length` ({max_length}) tokens: rows"
             f" {too_long[:10]}{'...' if len(too_long) > 10 else ''}, the longest of them ({longest}) {lengths[longest]}."
         )
+    if window is not None:
+        if window < 1:
+            raise ValueError(f"`window` must be a number of rows, but is {window}.")
+        starts = range(0, len(lengths), window)
+        parts = ((start, plan_bins(lengths[start : start + window], max_length)) for start in starts)
+        return [[start + row for row in rows] for start, part in parts for rows in part]
     bins: list[list[int]] = []
     with_free: dict[int, list[int]] = defaultdict(list)  # bins with so many tokens left
     free: list[int] = []  # those numbers, each once
@@ -103,12 +111,13 @@ class PackedDataset(Dataset):
         dataset (`Dataset`): with a length and rows by number.
         lengths (`list[int]`): tokens of each row, see [`token_lengths`].
         max_length (`int`): tokens of a bin.
+        window (`int`, *optional*): see [`plan_bins`].
 
     Attributes:
         bins (`list[list[int]]`): rows of each item, see [`plan_bins`].
     """
 
-    def __init__(self, dataset: Any, lengths: Sequence[int], max_length: int):
+    def __init__(self, dataset: Any, lengths: Sequence[int], max_length: int, window: int | None = None):
         if not len(lengths):
             raise ValueError("There are no rows to pack.")
         if len(dataset) != len(lengths):
@@ -116,7 +125,7 @@ class PackedDataset(Dataset):
                 f"There must be a length for each row, but there are {len(lengths)} for {len(dataset)} rows."
             )
         self.dataset, self.lengths, self.max_length = dataset, list(lengths), max_length
-        self.bins = plan_bins(self.lengths, max_length)
+        self.bins = plan_bins(self.lengths, max_length, window)
 
     def __len__(self) -> int:
         return len(self.bins)

@@ -55,6 +55,9 @@ STAGES = {
 
 _FIELDS = {field.name: field.type for field in fields(TrainingArguments)}
 
+# Rows that are packed together where their order is to be kept.
+PACKED_IN_ORDER = 256
+
 # Renamed in Transformers 5.24.
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}
 
@@ -94,7 +97,8 @@ class RecipeArguments:
         small one that ships with the package.
     eval_data (`list[dict]`, *optional*): likewise, for the `eval_strategy` of [`TrainingArguments`]; it is not packed.
     trainable (`list[str]`, *optional*): of `"tower"`, `"projector"` and `"decoder"`.
-    pack_to (`int`, *optional*): tokens of a row into which samples are packed. By default samples are padded.
+    pack_to (`int`, *optional*): tokens of a row into which samples are packed. By default samples are padded. With the
+        `train_sampling_strategy` "sequential" samples are packed with their neighbours, so that a curriculum remains one.
     max_length (`int`, *optional*): tokens of a sample, by default `pack_to`.
     truncation (`bool`, defaults to `False`): whether a longer sample is cut, or an error.
     lazy (`bool`, defaults to `False`): whether pictures are decoded by the model, and not by the workers.
@@ -379,7 +383,8 @@ def train(file: str | os.PathLike) -> Trainer:
     lengths, checksums = measure_rows(dataset, collator, arguments.dataloader_num_workers)
     report = f"{len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}"
     if recipe.pack_to is not None:
-        dataset = PackedDataset(dataset, lengths, recipe.pack_to)
+        window = PACKED_IN_ORDER if arguments.train_sampling_strategy == "sequential" else None
+        dataset = PackedDataset(dataset, lengths, recipe.pack_to, window)
         report += f", in {len(dataset):,} of {recipe.pack_to:,}, of which {100 * dataset.waste:.1f} % is empty"
 
     # Before any work is done, what would make a resumed run another one.
