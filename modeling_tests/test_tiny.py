@@ -163,3 +163,25 @@ def test_what_a_decoder_says_does_not_come_from_its_neighbours(model_and_process
         together = model.eval()(**decoder.pack(encoded)).logits
         alone = [model(input_ids=torch.tensor([ids])).logits for ids, _ in encoded]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_recall_asks_for_what_was_shown(model_and_processor):
+    tokenizer = model_and_processor[1].tokenizer
+    recall, steps = decoder.Recall(tokenizer, seed=0), 0
+    labels = set(tokenizer.convert_tokens_to_ids(list(tasks.LABELS)))
+    while True:
+        batch = recall.batch(8)
+        for ids, wanted in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+            known, last, asked = {}, None, 0
+            for token, label in zip(ids, wanted):
+                if token in labels:
+                    assert label == (token if len(known) == 2 else -100) and known.setdefault(last, token) == token
+                    asked += label != -100
+                elif token in recall.words[: recall.known]:
+                    last = token
+            assert asked == 2
+        if recall.is_done:
+            break
+        recall.grow()
+        steps += 1
+    assert 10 < steps < 30 and len(recall.words) > 200
