@@ -29,16 +29,16 @@ def model_and_processor():
     return build_model_and_processor()
 
 
-def said(row: dict) -> list[tuple[list[str], bool, str, str]]:
-    """Each question of a row of words: what was shown until then, whether that is a film, the question, the answer."""
-    shown, is_film, result = [], False, []
+def said(row: dict) -> list[tuple[list[str], str, str]]:
+    """Each question of a row of words: what was shown until then, the question, the answer."""
+    shown, result = [], []
     for question, answer in zip(row["messages"][::2], row["messages"][1::2]):
         for block in question["content"]:
             if block["type"] == "video":
-                shown, is_film = [word["word"] for word in block["words"]], True
+                shown = [word["word"] for word in block["words"]]
             elif block["type"] == "image":
                 shown = [*shown, block["word"]]
-        result.append((shown, is_film, question["content"][-1]["text"], answer["content"][0]["text"]))
+        result.append((shown, question["content"][-1]["text"], answer["content"][0]["text"]))
     return result
 
 
@@ -90,7 +90,7 @@ def test_answers_are_right():
             for before, block in zip(m["content"], m["content"][1:]):
                 if before["type"] == "image" and (label := find(block.get("text", ""), list(tasks.LABELS))):
                     assert invented.setdefault(before["word"], label[0]) == label[0]
-        for shown, _, question, answer in said(row):
+        for shown, question, answer in said(row):
             expected = invented[shown[-1]] if "called" in question and invented else right_answer(shown, question)
             if expected is not None:
                 assert answer == expected, (shown, question)

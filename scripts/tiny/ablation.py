@@ -32,9 +32,8 @@ class Variant:
     replay: float = 0.15
 
 
-BASE = "hybrid, 2d, three stages, replay"
 VARIANTS = {
-    BASE: Variant(),
+    "hybrid, 2d, three stages, replay": Variant(),
     "no pooling": Variant(pooling="none"),
     "1d pooling": Variant(pooling="1d"),
     "attention only": Variant(layers="attention"),
@@ -74,7 +73,7 @@ def start(variant: Variant, tower: Path, folder: Path, rows: int) -> Path:
 
 def run(variant: Variant, tower: Path, folder: Path, name: str, scale: float) -> Path:
     """The last stage's folder."""
-    checkpoint = start(variant, tower, folder, round(24000 * scale))
+    checkpoint = start(variant, tower, folder, round(decoder.ROWS * scale))
     for stage in variant.stages:
         recipe = yaml.safe_load(Path(__file__).with_name(f"{stage}.yaml").read_text())
         arguments = recipe["data"][0]["arguments"]
@@ -82,9 +81,9 @@ def run(variant: Variant, tower: Path, folder: Path, name: str, scale: float) ->
         if stage != "align":
             arguments["replay"] = variant.replay
         output = folder / name.replace(",", "").replace(" ", "-") / stage
-        recipe.update(
-            model=str(checkpoint), output_dir=str(output), pack_to=8192 if variant.pooling == "none" else 2048
-        )
+        recipe.update(model=str(checkpoint), output_dir=str(output))
+        if variant.pooling == "none":
+            recipe["pack_to"] *= 4  # as a picture has four times the tokens
         output.mkdir(parents=True, exist_ok=True)
         file = output / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe))

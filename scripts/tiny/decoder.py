@@ -88,6 +88,10 @@ def pack(encoded: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+# Rows of `tasks.text` that the checkpoint which ships has seen.
+ROWS = 24000
+
+
 class Recall:
     """
     What a decoder learns before any row: two words and what each is called, then both are asked again. Comparing what is
@@ -136,7 +140,7 @@ class Recall:
 def train(
     tower: Path | None,
     output: Path,
-    rows: int = 24000,
+    rows: int = ROWS,
     budget: int = 768,
     learning_rate: float = 1e-3,
     seed: int = 0,
@@ -146,7 +150,7 @@ def train(
     Args:
         tower (`Path`, *optional*): a folder that `tiny.tower` wrote.
         output (`Path`): a folder for the checkpoint, and for `log.jsonl`.
-        rows (`int`, defaults to 24000): of `tasks.text`.
+        rows (`int`, defaults to [`ROWS`]): of `tasks.text`.
         budget (`int`, defaults to 768): tokens of a step.
         text_config: in place of what the small checkpoint has, such as `layer_types`.
     """
@@ -214,10 +218,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, help="a folder that `tiny.tower` wrote")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=24000)
-    parser.add_argument("--budget", type=int, default=768, help="tokens of a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    # Defaults are those of `train`.
+    parser.add_argument("--rows", type=int, default=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, default=argparse.SUPPRESS, help="tokens of a step")
+    parser.add_argument("--learning-rate", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     train(**vars(parser.parse_args()))
 
 

@@ -213,7 +213,6 @@ class Stage:
                 background = scene[at]
             else:
                 background = None
-            if not is_film:
                 height = rng.choice(WIDE) if rng.random() < 0.15 else IMAGE_SIZE
             if name == NOTHING:
                 pixels.append(self.pictures.nothing(rng, background, height))
