@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from report import RESULTS, machine, print_table, run_apart, write_json
 
 import longllava_hf
@@ -23,23 +24,25 @@ from longllava_hf.video_longllava import VideoFile
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import train_longllava_tiny as tiny
+from tiny.assets import TEST_FOOTAGE, footage
+from tiny.pictures import digit_scans, draw_digit
+from tiny.tasks import DIGIT_NEEDLE
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-QUESTIONS = [*tiny.FILM, *(f"{question} Say it." for question in tiny.FILM), "Which digit?", "Is there a digit?"]
+QUESTIONS = [*DIGIT_NEEDLE, *(f"{question} Say it." for question in DIGIT_NEEDLE), "Which digit?", "Is there a digit?"]
 
 
 def write_film(file: Path, frames: int) -> None:
     import av
 
-    scenes = [frame.resize((320, 180)) for frame in tiny.footage(tiny.TEST_FOOTAGE)]
-    scans, _ = tiny.digit_scans()["test"]
+    scenes = [frame.resize((320, 180)) for frame in footage(TEST_FOOTAGE)]
+    digit = Image.fromarray(draw_digit(digit_scans()["test"][0][0], (320, 180)))
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 180, "yuv420p", 400_000
         for i in range(frames):
-            picture = tiny.draw(scans[0], (320, 180)) if i == frames // 2 else scenes[i % len(scenes)]
+            picture = digit if i == frames // 2 else scenes[i % len(scenes)]
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
 

@@ -28,7 +28,8 @@ from longllava_hf.modeling_longllava import pool_patches
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import train_longllava_tiny as tiny
+from tiny.assets import TEST_FOOTAGE, footage
+from tiny.pictures import digit_scans, draw_digit
 
 
 PEER = "Transformers' classes"
@@ -39,11 +40,11 @@ PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 def write_pictures(folder: Path, count: int) -> int:
     """Footage that was never trained on, as files, and a digit `needle.png`; returns which."""
-    frames = [frame.resize((160, 90)) for frame in tiny.footage(tiny.TEST_FOOTAGE)]
+    frames = [frame.resize((160, 90)) for frame in footage(TEST_FOOTAGE)]
     for i in range(count):
         frames[i % len(frames)].save(folder / f"{i:05}.jpg")
-    scans, digits = tiny.digit_scans()["test"]
-    tiny.draw(scans[0], (160, 90)).save(folder / "needle.png")
+    scans, digits = digit_scans()["test"]
+    Image.fromarray(draw_digit(scans[0], (160, 90))).save(folder / "needle.png")
     return int(digits[0])
 
 

@@ -202,15 +202,17 @@ def test_held_out_digits(tiny_model, tiny_processor):
     """A hundred of the scans that were never trained on."""
     pytest.importorskip("sklearn")
     sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-    from train_longllava_tiny import ask as ask_batch
-    from train_longllava_tiny import digit_scans, draw
+    from tiny.evaluate import answers
+    from tiny.pictures import digit_scans, draw_digit
 
     scans, digits = (part[:100] for part in digit_scans()["test"])
     question = {"type": "text", "text": "Which digit is this?"}
-    answers = ask_batch(
-        tiny_model, tiny_processor, [[{"type": "image", "image": draw(scan)}, question] for scan in scans]
-    )
-    assert sum(answer.strip() == str(digit) for answer, digit in zip(answers, digits)) >= 96
+    cases = [
+        ([{"type": "image", "image": Image.fromarray(draw_digit(scan))}, question], str(digit))
+        for scan, digit in zip(scans, digits)
+    ]
+    given = answers(tiny_model, tiny_processor, cases, batch=50)
+    assert sum(answer == digit for answer, (_, digit) in zip(given, cases)) >= 96
 
 
 def test_fine_tuning_lowers_the_loss_and_reloads(tmp_path, tiny_processor):

@@ -165,23 +165,41 @@ def test_what_a_decoder_says_does_not_come_from_its_neighbours(model_and_process
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-4)
 
 
-def test_recall_asks_for_what_was_shown(model_and_processor):
+def test_drills_ask_for_what_was_shown(model_and_processor):
     tokenizer = model_and_processor[1].tokenizer
-    recall, steps = decoder.Recall(tokenizer, seed=0), 0
-    labels = set(tokenizer.convert_tokens_to_ids(list(tasks.LABELS)))
+    drills, added = decoder.Drills(tokenizer, seed=0), 0
     while True:
-        batch = recall.batch(8)
-        for ids, wanted in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
-            known, last, asked = {}, None, 0
-            for token, label in zip(ids, wanted):
-                if token in labels:
-                    assert label == (token if len(known) == 2 else -100) and known.setdefault(last, token) == token
-                    asked += label != -100
-                elif token in recall.words[: recall.known]:
-                    last = token
-            assert asked == 2
-        if recall.is_done:
+        for number in range(drills.newest + 1):
+            ids, labels = drills.example(number)
+            assert all(label in (-100, token) for token, label in zip(ids, labels))
+            # Up to each answer, and the answer.
+            for place in (place for place, label in enumerate(labels) if label != -100):
+                pieces = [tokenizer.decode([token]) for token in ids[: place + 1]]
+                text = "".join(f" {piece} " if piece in tasks.LABELS else piece for piece in pieces[:-1])
+                words = find(text, [*NOUNS, *tasks.DIGITS, *tasks.LABELS])
+                answer, asked = pieces[-1], words[-1]
+                shown, called = words[:-1], drills.ALL[number][0] != drills.PICTURE
+                assert asked in drills.words[: drills.known]
+                if called:
+                    assert answer == shown[shown.index(asked) + 1] and answer in tasks.LABELS
+                else:
+                    count = drills.ALL[number][2]
+                    expected = (
+                        tasks.ORDINALS[shown.index(asked)]
+                        if answer in tasks.ORDINALS
+                        else str(shown[:count].count(asked))
+                    )
+                    assert answer == expected
+        if drills.is_done:
             break
-        recall.grow()
-        steps += 1
-    assert 10 < steps < 30 and len(recall.words) > 200
+        drills.grow()
+        added += 1
+    assert 20 < added < 40 and len(drills.words) == len(NOUNS) + 10
+
+
+def test_examples_of_a_drill_fill_a_step(model_and_processor):
+    drills = decoder.Drills(model_and_processor[1].tokenizer, seed=0)
+    drills.newest = len(drills.ALL) - 1
+    for is_new, batch in (drills.batch(200) for _ in range(20)):
+        assert isinstance(is_new, bool) and 200 <= batch["input_ids"].shape[1] < 300
+        assert (batch["labels"] != -100).sum() >= 2 and (batch["position_ids"] == 0).sum() > 1

@@ -6,7 +6,7 @@ import random
 from functools import cache, cached_property
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits, load_sample_images
 
 from .assets import ARTISTS, TRAIN_FOOTAGE, cut_outs, footage
@@ -76,7 +76,7 @@ def pad(picture: np.ndarray) -> np.ndarray:
 
 
 # Which style is drawn how often.
-STYLES = ("own", "own", "pen", "comic", "flat", "line")
+STYLES = ("own", "own", "comic", "comic", "pen", "flat", "line")
 
 
 def paste(
@@ -140,6 +140,29 @@ def plain(rng: random.Random) -> np.ndarray:
     turn = rng.uniform(0, 1)
     mix = turn * along[None, :, None] + (1 - turn) * along[:, None, None]
     return (first * (1 - mix) + second * mix).astype(np.uint8)
+
+
+def clutter(picture: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A picture with shapes on it that are no objects: ellipses and polygons of a colour, or of other footage."""
+    height, width = picture.shape[:2]
+    image = Image.fromarray(picture)
+    for _ in range(rng.randint(1, 3)):
+        mask = Image.new("L", image.size)
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        reach = [rng.uniform(0.1, 0.5) * height for _ in range(8)]
+        if rng.random() < 0.5:
+            box = (x - reach[0], y - reach[1], x + reach[0], y + reach[1])
+            ImageDraw.Draw(mask).ellipse(box, fill=255)
+        else:
+            corners = rng.randint(3, 8)
+            turns = [2 * math.pi * (corner + rng.uniform(-0.3, 0.3)) / corners for corner in range(corners)]
+            outline = [(x + r * math.cos(turn), y + r * math.sin(turn)) for r, turn in zip(reach, turns)]
+            ImageDraw.Draw(mask).polygon(outline, fill=255)
+        if rng.random() < 0.6:
+            mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 4)))
+        filling = plain(rng) if rng.random() < 0.6 else rng.choice(rng.choice(scenes()))
+        image.paste(Image.fromarray(shorten(filling, height)), mask=mask)
+    return np.asarray(image)
 
 
 @cache
@@ -218,4 +241,5 @@ class Pictures:
     def nothing(
         self, rng: random.Random, background: np.ndarray | None = None, height: int = IMAGE_SIZE
     ) -> np.ndarray:
-        return pad(shorten(self.background(rng) if background is None else background, height))
+        picture = shorten(self.background(rng) if background is None else background, height)
+        return pad(clutter(picture, rng) if rng.random() < 0.4 else picture)

@@ -153,7 +153,7 @@ def training_batch(
         if kind < 0.08:
             name = str(rng.randrange(10))
             image = pictures.digit(name, rng, height)
-        elif kind < 0.18:
+        elif kind < 0.22:
             name, image = "nothing", pictures.nothing(rng, height=height)
         else:
             name = rng.choice(NOUNS)
@@ -276,7 +276,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=13000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
