@@ -12,6 +12,7 @@
 | `model`     | tokenizer, configuration, processor                                                                 |
 | `decoder`   | the decoder, which LongLLaVA takes ready-made too                                                   |
 | `evaluate`  | the published numbers                                                                               |
+| `examples`  | the pictures and films in `examples`                                                                |
 | `ablation`  | what pooling, the hybrid decoder, the stages and replay are worth                                   |
 
 In a folder with room for them, with `scripts` on PYTHONPATH as `SCRIPTS`, two cores and about three hours:
@@ -22,5 +23,6 @@ In a folder with room for them, with `scripts` on PYTHONPATH as `SCRIPTS`, two c
     longllava train SCRIPTS/tiny/align.yaml
     longllava train SCRIPTS/tiny/single_image.yaml
     longllava train SCRIPTS/tiny/multi_image.yaml
-    python -m tiny.evaluate multi_image
+    longllava train SCRIPTS/tiny/multi_image_long.yaml
+    python -m tiny.evaluate multi_image_long
 """

@@ -46,6 +46,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "attention": {"layer_types": ["full_attention"] * 8},
     "Mamba": {"layer_types": ["linear_attention"] * 8},
 }
+# Enough for the hybrid; whatever a decoder has learned by then, it goes on to rows.
+DRILL_STEPS = 2000
 TASKS = (
     "digit",
     "object by a trained artist",
@@ -61,7 +63,7 @@ def start(variant: Variant, tower: Path, folder: Path, rows: int) -> Path:
     """A decoder that has seen words, one for each kind of layers, and how pictures are pooled."""
     words = folder / f"decoder-{variant.layers}"
     if not (words / "model.safetensors").is_file():
-        decoder.train(tower, words, rows, **LAYERS[variant.layers])
+        decoder.train(tower, words, rows, drill_steps=DRILL_STEPS, **LAYERS[variant.layers])
     pooled = folder / f"decoder-{variant.layers}-{variant.pooling}"
     model, processor = AutoModelForImageTextToText.from_pretrained(words), AutoProcessor.from_pretrained(words)
     model.config.pooling_mode = variant.pooling
