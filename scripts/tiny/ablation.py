@@ -5,7 +5,8 @@ What the parts of LongLLaVA are worth at the small checkpoint's scale: pooling, 
     python -m tiny.ablation --tower tower --output ablation
 
 Every variant differs from the first one in one thing, and has the same tower and the same rows, a fraction of those of the
-checkpoint that ships. A stage that is done is not done again.
+checkpoint that ships. What is done is not done again, so that variants may run side by side (`--variants`) before all are
+put into one table.
 """
 
 import argparse
@@ -116,13 +117,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=0.25, help="of the rows of the shipped checkpoint")
     parser.add_argument("--share", type=float, default=0.5, help="of the cases of each task")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
     results = {}
-    for name, variant in VARIANTS.items():
+    for name in arguments.variants:
         started = time.process_time()
-        checkpoint = run(variant, arguments.tower, arguments.output, name, arguments.scale)
-        scores = evaluate(checkpoint, share=arguments.share, only=TASKS)
-        results[name] = {task: round(accuracy, 4) for task, (accuracy, _) in scores.items()}
+        checkpoint = run(VARIANTS[name], arguments.tower, arguments.output, name, arguments.scale)
+        file = checkpoint / "results.json"
+        if not file.is_file():
+            scores = evaluate(checkpoint, share=arguments.share, only=TASKS)
+            file.write_text(json.dumps({task: round(accuracy, 4) for task, (accuracy, _) in scores.items()}, indent=2))
+        results[name] = json.loads(file.read_text())
         print(f"{name}: {(time.process_time() - started) / 60:.1f} CPU minutes", flush=True)
     (arguments.output / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(results, arguments.output / "ablation.png")
