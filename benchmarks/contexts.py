@@ -25,6 +25,7 @@ from longllava_hf.video_longllava import VideoFile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from tiny.assets import TEST_FOOTAGE, footage
+from tiny.examples import FRAME_SIZE, write_film
 from tiny.pictures import digit_scans, draw_digit
 from tiny.tasks import DIGIT_NEEDLE
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -33,18 +34,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 QUESTIONS = [*DIGIT_NEEDLE, *(f"{question} Say it." for question in DIGIT_NEEDLE), "Which digit?", "Is there a digit?"]
 
 
-def write_film(file: Path, frames: int) -> None:
-    import av
-
-    scenes = [frame.resize((320, 180)) for frame in footage(TEST_FOOTAGE)]
-    digit = Image.fromarray(draw_digit(digit_scans()["test"][0][0], (320, 180)))
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 180, "yuv420p", 400_000
-        for i in range(frames):
-            picture = digit if i == frames // 2 else scenes[i % len(scenes)]
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
+def write_needle(file: Path, frames: int) -> None:
+    """A film of unseen footage, with a held-out digit in its middle."""
+    scenes = [frame.resize(FRAME_SIZE) for frame in footage(TEST_FOOTAGE)]
+    film = [scenes[i % len(scenes)] for i in range(frames)]
+    film[frames // 2] = Image.fromarray(draw_digit(digit_scans()["test"][0][0], FRAME_SIZE))
+    write_film(film, file)
 
 
 def load() -> tuple[Any, Any]:
@@ -108,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         film, file = str(Path(folder, "film.mp4")), str(Path(folder, "film.ctx"))
-        write_film(Path(film), arguments.frames)
+        write_needle(Path(film), arguments.frames)
         run_apart(keep, film, arguments.frames, file)
         expected, whole, whole_with_loading = run_apart(answers_from_film, film, arguments.frames)
         found, kept, kept_with_loading = run_apart(answers_from_file, file)

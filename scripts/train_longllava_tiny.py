@@ -544,24 +544,6 @@ def evaluate(
     }
 
 
-def write_examples(folder: Path) -> None:
-    """Pictures of a held-out three and seven, and a film of unseen footage in which a held-out five is one of 64 frames."""
-    import av
-
-    scans, digits = digit_scans()["test"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for digit, name in ((3, "three"), (7, "seven")):
-        draw(scans[list(digits).index(digit)], (128, 128)).save(folder / f"{name}.png")
-    frames = [frame.resize((320, 180)) for frame in footage(TEST_FOOTAGE)[30:94]]
-    frames[41] = draw(scans[list(digits).index(5)], frames[41].size)
-    with av.open(str(folder / "film.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *frames[0].size, "yuv420p", 400_000
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="longllava-tiny", help="folder for the checkpoint")
@@ -576,11 +558,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="measure a checkpoint instead of training one")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="how to load that checkpoint")
-    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the README's examples instead")
     arguments = parser.parse_args()
-    if arguments.examples is not None:
-        write_examples(arguments.examples)
-        return
     checkpoint = arguments.evaluate
     if checkpoint is None:
         checkpoint = arguments.output

@@ -25,14 +25,24 @@ from .model import build_model_and_processor
 from .tasks import ORDINALS, with_article
 
 
+class Tokens:
+    """Ids and labels of a text that is put together."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+
+    def add(self, text: str, learned: bool = False, repeat: int = 1) -> None:
+        some = self.tokenizer(text, add_special_tokens=False)["input_ids"] * repeat
+        self.ids.extend(some)
+        self.labels.extend(some if learned else [-100] * len(some))
+
+
 def encode(row: dict, tokenizer) -> tuple[list[int], list[int]]:
     """Ids and labels of a row of `tasks.text`, laid out as the processor and the authors' labels have pictures."""
-    ids, labels = [], []
-
-    def add(text: str, learned: bool = False, repeat: int = 1) -> None:
-        some = tokenizer(text, add_special_tokens=False)["input_ids"] * repeat
-        ids.extend(some)
-        labels.extend(some if learned else [-100] * len(some))
+    tokens = Tokens(tokenizer)
+    add = tokens.add
 
     def add_word(block: dict) -> None:
         add("<img>")
@@ -46,7 +56,7 @@ def encode(row: dict, tokenizer) -> tuple[list[int], list[int]]:
             add(message["content"][0]["text"], learned=True)
             # The label of what follows an answer is the end of text, also in the middle, where a line break follows.
             add(eos if message is row["messages"][-1] else "\n")
-            labels[-1] = tokenizer.eos_token_id
+            tokens.labels[-1] = tokenizer.eos_token_id
             continue
         add(f"{bos}<|User|>\n")
         blocks = message["content"]
@@ -66,7 +76,7 @@ def encode(row: dict, tokenizer) -> tuple[list[int], list[int]]:
             if block is not blocks[-1]:
                 add("\n")
         add("\n")
-    return ids, labels
+    return tokens.ids, tokens.labels
 
 
 def batches(dataset, tokenizer, budget: int):
@@ -150,27 +160,22 @@ class Drills:
     def example(self, drill: int) -> tuple[list[int], list[int]]:
         """Ids and labels."""
         shown, asked, count = self.ALL[drill]
-        rng, ids, learned = self.rng, [], []
+        rng, tokens = self.rng, Tokens(self.tokenizer)
         before, kind, after = re.split("{(label|ordinal|count)}", asked)
         # What is counted are two things, each as often as it comes.
         things = rng.sample(self.words[: self.known], 2 if kind == "count" else count)
         labels = rng.sample(tasks.LABELS, len(things))
         pictures = rng.choices((0, 1), k=count) if kind == "count" else range(count)
 
-        def add(text: str, is_answer: bool = False) -> None:
-            some = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids.extend(some)
-            learned.extend(some if is_answer else [-100] * len(some))
-
         for which in pictures:
             for part in re.split("({label})", shown):  # apart, as a word and its label would be read as one
-                add(part.format(word=things[which], label=labels[which]))
+                tokens.add(part.format(word=things[which], label=labels[which]))
         for which in rng.choices(range(len(things)), k=2):
-            add(before.format(word=things[which], a=with_article(things[which])))
+            tokens.add(before.format(word=things[which], a=with_article(things[which])))
             answers = {"label": labels[which], "ordinal": ORDINALS[which], "count": str(list(pictures).count(which))}
-            add(answers[kind], is_answer=True)
-            add(after)
-        return ids, learned
+            tokens.add(answers[kind], learned=True)
+            tokens.add(after)
+        return tokens.ids, tokens.labels
 
     def batch(self, budget: int) -> tuple[bool, dict[str, torch.Tensor]]:
         """Examples of a drill, packed to `budget` tokens, and whether they are of what was added last."""
